@@ -1,0 +1,40 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both set up what they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo ui demo-clean test lint compile clean
+
+help: ## Show this help
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or newer, got " + sys.version.split()[0] + "; set PYTHON")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[pipelines,dev]'
+	touch $@
+
+demo: $(READY) ## Self-play on emoji, two iterations, a few minutes on two CPU cores; run again to resume
+	@$(BIN)/python pipelines/demo.py
+
+ui: $(READY) ## Reopen the MLflow UI on the demo's data
+	@$(BIN)/python pipelines/demo.py --ui
+
+demo-clean: ## Remove the demo's data
+	rm -rf build/demo
+
+test: $(READY) ## Every test that needs no docker
+	$(BIN)/python -m pytest -m 'not docker'
+
+lint: $(READY) ## Style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+compile: $(READY) ## Compile the pipeline to build/spin-diffusion.yaml
+	$(BIN)/python pipelines/spin.py
+
+clean: demo-clean ## Remove everything that was built
+	rm -rf build $(VENV)

@@ -1,0 +1,47 @@
+"""spin-train: one iteration of self-play."""
+
+from kfp import dsl
+
+from components.settings import RUNTIME_IMAGE
+
+
+@dsl.component(base_image=RUNTIME_IMAGE, install_kfp_package=False)
+def spin_train(
+    run_key: str,
+    iteration: int,
+    shards: int,
+    store_uri: str,
+    store_endpoint: str,
+    tracking_uri: str,
+    experiment: str,
+    losers: dsl.Input[list[dsl.Dataset]],
+    model: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+):
+    """Train the player to tell real images from its opponent's. Resumes from its last checkpoint.
+
+    Args:
+        run_key: Name of the run in the store.
+        iteration: Self-play iteration, from 1.
+        shards: Number of shards that the losers were drawn in.
+        store_uri: s3://bucket/prefix of runs and objects.
+        store_endpoint: Address of the S3 server.
+        tracking_uri: Address of the MLflow server.
+        experiment: MLflow experiment.
+        losers: The indexes of all shards; they make this task wait for them.
+        model: The player's index.
+        metrics: The last training step's measures.
+    """
+    from pathlib import Path
+
+    from spin.stages import Place
+    from spin.stages.train import train
+
+    place = Place(run_key, store_uri, store_endpoint, tracking_uri, experiment)
+    index = train(place, iteration, shards)
+    model.metadata.update(index.outputs["model"].model_dump() | {"iteration": iteration})
+    Path(model.path).write_text(index.model_dump_json())
+    for name in ("first_loss", "final_loss", "final_implicit_accuracy", "final_margin", "final_winner_drift"):
+        if name in index.facts:
+            metrics.log_metric(name, index.facts[name])
+    metrics.log_metric("seconds", index.seconds)

@@ -1,0 +1,90 @@
+"""The compiled pipeline file: make it, read it back, check parameters against it."""
+
+import difflib
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from google.protobuf import json_format
+from kfp import compiler
+from kfp.pipeline_spec import pipeline_spec_pb2
+
+from spin.errors import SpinError
+
+KINDS: dict[str, tuple[type, ...]] = {
+    "STRING": (str,),
+    "NUMBER_INTEGER": (int,),
+    "NUMBER_DOUBLE": (int, float),
+    "BOOLEAN": (bool,),
+    "STRUCT": (dict,),
+    "LIST": (list,),
+}
+
+
+def compile_pipeline(pipeline: Callable[..., Any], choices: Mapping[str, Sequence[str]], output: Path) -> Path:
+    """Compile ``pipeline`` to ``output``, whole or not at all, and return the path.
+
+    Args:
+        choices: parameters with a fixed set of values; the server checks them and the UI shows a dropdown. The SDK
+            cannot express this yet (kubeflow/pipelines#12601), the pipeline specification of KFP 2.17 can.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".compile-") as scratch:
+        package = Path(scratch) / "pipeline.yaml"
+        compiler.Compiler().compile(pipeline, str(package))
+        header = "".join(line for line in package.read_text().splitlines(keepends=True) if line.startswith("#"))
+        documents = list(yaml.safe_load_all(package.read_text()))
+        for name, values in choices.items():
+            documents[0]["root"]["inputDefinitions"]["parameters"][name]["literals"] = list(values)
+        json_format.ParseDict(documents[0], pipeline_spec_pb2.PipelineSpec())
+        package.write_text(header + yaml.safe_dump_all(documents, sort_keys=True))
+        package.replace(output)
+    return output
+
+
+def parameters_of(package: Path) -> dict[str, dict[str, Any]]:
+    """Return the pipeline's parameters as the specification describes them."""
+    spec = next(yaml.safe_load_all(package.read_text()))
+    found: dict[str, dict[str, Any]] = spec["root"]["inputDefinitions"]["parameters"]
+    return found
+
+
+def check_parameters(package: Path, params: Mapping[str, Any]) -> None:
+    """Refuse unknown parameters, wrong types, values outside a dropdown and impossible configurations.
+
+    Raises:
+        SpinError: the first fault, in one line.
+    """
+    known = parameters_of(package)
+    for name, value in params.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+            raise SpinError(f"expected a pipeline parameter, got {name!r}; {hint}")
+        kind = known[name]["parameterType"]
+        if not isinstance(value, KINDS[kind]) or (isinstance(value, bool) and kind != "BOOLEAN"):
+            raise SpinError(f"expected {kind} for parameter {name!r}, got {value!r}; change it in the parameters")
+        if (choices := known[name].get("literals")) and value not in choices:
+            raise SpinError(f"expected {name} to be one of {', '.join(choices)}, got {value!r}; choose one")
+    full = {name: value.get("defaultValue") for name, value in known.items()} | dict(params)
+    for name in ("iterations", "generate_shards"):
+        if full[name] < 1:
+            raise SpinError(f"expected {name} of at least 1, got {full[name]}; raise it")
+    from spin.stages.prepare import resolve
+
+    resolve(full["preset"], full["base_model"], full["data_source"], full["overrides"])
+
+
+def read_parameters(path: Path) -> dict[str, Any]:
+    """Return the parameters in a YAML file (a mapping of names to values)."""
+    try:
+        params = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise SpinError(f"expected a parameter file, got {path} ({error.strerror}); check --params") from None
+    except yaml.YAMLError as error:
+        raise SpinError(f"expected YAML in {path}, got {str(error).splitlines()[0]}; mend the file") from None
+    if not isinstance(params, dict):
+        raise SpinError(f"expected a mapping of parameters in {path}, got {type(params).__name__}; use 'name: value'")
+    return params

@@ -1,0 +1,64 @@
+"""Where tasks run: resources, accelerators, retries, secrets. The one place for Kubernetes settings of tasks."""
+
+from typing import Any
+
+from kfp import dsl, kubernetes
+
+A100_80GB = {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB"}
+GPU_TAINT = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+SHARED_MEMORY = "16Gi"
+
+
+def place_on_cpu(task: dsl.PipelineTask, cpu: str, memory: str) -> dsl.PipelineTask:
+    """Give a task CPU and memory; its result is never taken from KFP's cache."""
+    task.set_cpu_request(cpu).set_memory_request(memory).set_memory_limit(memory)
+    # Stages look into the store by themselves; a cached task would not notice that an object is gone.
+    task.set_caching_options(False)
+    return task
+
+
+def with_retries(task: dsl.PipelineTask) -> dsl.PipelineTask:
+    """Let a task outlast its node: a retry goes on from the last checkpoint or shard.
+
+    prepare-data has none: it is where bad input is told, which should be at once and only once.
+    """
+    return task.set_retry(num_retries=3, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration="600s")
+
+
+def place_on_gpu(
+    task: dsl.PipelineTask, cpu: str, memory: str, accelerator: Any, count: Any, node_selector: Any, tolerations: Any
+) -> dsl.PipelineTask:
+    """Give a task accelerators on a pool of nodes; the last four may be pipeline parameters."""
+    place_on_cpu(task, cpu, memory)
+    task.set_accelerator_type(accelerator).set_accelerator_limit(count)
+    kubernetes.add_node_selector_json(task, node_selector)
+    kubernetes.add_toleration_json(task, tolerations)
+    # PyTorch's workers exchange tensors here; the default of 64 MiB ends in bus errors.
+    kubernetes.empty_dir_mount(
+        task, volume_name="shm", mount_path="/dev/shm", medium="Memory", size_limit=SHARED_MEMORY
+    )
+    return task
+
+
+def with_store(task: dsl.PipelineTask, store_secret: Any) -> dsl.PipelineTask:
+    """Hand a task the S3 keys from a Kubernetes secret, as the usual variables."""
+    kubernetes.use_secret_as_env(
+        task,
+        secret_name=store_secret,
+        secret_key_to_env={"AWS_ACCESS_KEY_ID": "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY": "AWS_SECRET_ACCESS_KEY"},
+    )
+    return task
+
+
+def with_tracking(task: dsl.PipelineTask, tracking_secret: Any) -> dsl.PipelineTask:
+    """Hand a task the MLflow credentials; a server without authentication needs no such secret."""
+    kubernetes.use_secret_as_env(
+        task,
+        secret_name=tracking_secret,
+        optional=True,
+        secret_key_to_env={
+            "MLFLOW_TRACKING_USERNAME": "MLFLOW_TRACKING_USERNAME",
+            "MLFLOW_TRACKING_PASSWORD": "MLFLOW_TRACKING_PASSWORD",
+        },
+    )
+    return task

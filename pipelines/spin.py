@@ -1,0 +1,179 @@
+"""SPIN-Diffusion as a Kubeflow pipeline: ``python pipelines/spin.py`` compiles it, uploads it, runs it.
+
+python pipelines/spin.py                       compile to build/spin-diffusion.yaml; upload where KFP_HOST is set
+python pipelines/spin.py --run --params p.yaml upload and start a run
+python pipelines/spin.py --local --params p.yaml   run the compiled file on this computer
+python pipelines/spin.py --check --params p.yaml   only check the pipeline and the parameters
+"""
+
+import sys
+from pathlib import Path
+
+# As a script, Python puts this folder first on the path, where ``spin`` would be this very file.
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+from kfp import dsl  # noqa: E402
+
+from components.generate_synthetic.component import generate_synthetic  # noqa: E402
+from components.plan.component import plan  # noqa: E402
+from components.prepare_data.component import prepare_data  # noqa: E402
+from components.register_model.component import register_model  # noqa: E402
+from components.score_metrics.component import score_metrics  # noqa: E402
+from components.spin_train.component import spin_train  # noqa: E402
+from pipelines.placement import (  # noqa: E402
+    A100_80GB,
+    GPU_TAINT,
+    place_on_cpu,
+    place_on_gpu,
+    with_retries,
+    with_store,
+    with_tracking,
+)
+
+CHOICES = {"preset": ["emoji-cpu", "sd15-paper", "sd15-lora"]}
+"""Parameters that the form shows as a dropdown."""
+
+
+@dsl.pipeline(name="spin-iteration", display_name="Self-play iteration")
+def spin_iteration(
+    run_key: str,
+    iteration: int,
+    shards: int,
+    store_uri: str,
+    store_endpoint: str,
+    store_secret: str,
+    tracking_uri: str,
+    tracking_secret: str,
+    experiment: str,
+    gpu_accelerator: str,
+    gpu_count: int,
+    gpu_node_selector: dict,
+    gpu_tolerations: list,
+):
+    """One round of self-play: the opponent draws, the player trains, the player is scored."""
+    place = {
+        "store_uri": store_uri,
+        "store_endpoint": store_endpoint,
+        "tracking_uri": tracking_uri,
+        "experiment": experiment,
+        "run_key": run_key,
+        "iteration": iteration,
+    }
+
+    def on_gpu(task: dsl.PipelineTask, cpu: str, memory: str) -> dsl.PipelineTask:
+        with_tracking(with_store(with_retries(task), store_secret), tracking_secret)
+        return place_on_gpu(task, cpu, memory, gpu_accelerator, gpu_count, gpu_node_selector, gpu_tolerations)
+
+    numbers = place_on_cpu(plan(count=shards, first=0), cpu="100m", memory="256Mi").set_display_name("Plan shards")
+    with dsl.ParallelFor(numbers.output, name="shards") as shard:
+        drawn = on_gpu(generate_synthetic(shard=shard, shards=shards, **place), cpu="4", memory="32Gi")
+        drawn.set_display_name("Generate losers")
+    trained = on_gpu(
+        spin_train(shards=shards, losers=dsl.Collected(drawn.outputs["losers"]), **place), cpu="8", memory="64Gi"
+    ).set_display_name("Train player")
+    on_gpu(score_metrics(**place), cpu="4", memory="32Gi").after(trained).set_display_name("Score player")
+
+
+@dsl.pipeline(
+    name="spin-diffusion",
+    display_name="SPIN-Diffusion",
+    description="Self-play fine-tuning of a text-to-image diffusion model: no reward model, no human pairs.",
+)
+def spin_diffusion(
+    preset: str = "emoji-cpu",
+    iterations: int = 2,
+    run_key: str = "",
+    base_model: str = "",
+    data_source: str = "",
+    overrides: dict = {},  # noqa: B006
+    generate_shards: int = 2,
+    model_name: str = "spin-diffusion",
+    experiment: str = "spin-diffusion",
+    store_uri: str = "s3://spin",
+    store_endpoint: str = "http://seaweedfs.kubeflow:8333",
+    store_secret: str = "spin-s3",
+    tracking_uri: str = "http://mlflow.mlflow:5000",
+    tracking_secret: str = "spin-mlflow",
+    gpu_accelerator: str = "nvidia.com/gpu",
+    gpu_count: int = 1,
+    gpu_node_selector: dict = A100_80GB,
+    gpu_tolerations: list = GPU_TAINT,
+):
+    """Self-play fine-tuning of a text-to-image diffusion model.
+
+    Args:
+        preset: A named full configuration. emoji-cpu runs in minutes without a GPU (set gpu_count 0 and
+            gpu_node_selector {}); sd15-paper is the paper's SD-1.5 run; sd15-lora fits one GPU.
+        iterations: Rounds of self-play, at least 1. The same run_key with a higher number goes on where it ended.
+        run_key: Name of the run in the store. Empty: a new run. The name of an earlier run resumes it.
+        base_model: Diffusers folder or hub name to start from. Empty: the preset's.
+        data_source: Real images with captions: a folder, .tar, .parquet or hf:NAME. Empty: the preset's.
+        overrides: Options laid over the preset, nested by stage, e.g. {"train": {"beta": [3000]}}.
+        generate_shards: Pods that draw the opponent's images side by side.
+        model_name: Name of the registered model in MLflow.
+        experiment: MLflow experiment.
+        store_uri: Bucket and prefix of the run's objects, s3://bucket/prefix.
+        store_endpoint: Address of the S3 server, e.g. MinIO or SeaweedFS.
+        store_secret: Kubernetes secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
+        tracking_uri: Address of the MLflow server. Empty: no tracking and no registration.
+        tracking_secret: Kubernetes secret with MLFLOW_TRACKING_USERNAME and _PASSWORD; may be absent.
+        gpu_accelerator: Resource name of the accelerator.
+        gpu_count: Accelerators per generating, training and scoring pod; 0 runs on the CPU.
+        gpu_node_selector: Labels of the nodes to use; the default asks for A100s with 80 GB.
+        gpu_tolerations: Taints to tolerate on those nodes.
+    """
+    where = {
+        "store_uri": store_uri,
+        "store_endpoint": store_endpoint,
+        "tracking_uri": tracking_uri,
+        "experiment": experiment,
+    }
+    gpu = {
+        "accelerator": gpu_accelerator,
+        "count": gpu_count,
+        "node_selector": gpu_node_selector,
+        "tolerations": gpu_tolerations,
+    }
+
+    prepared = prepare_data(
+        run_key=run_key,
+        job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+        iterations=iterations,
+        preset=preset,
+        base_model=base_model,
+        data_source=data_source,
+        overrides=overrides,
+        **where,
+    ).set_display_name("Prepare data")
+    with_tracking(with_store(place_on_gpu(prepared, "4", "32Gi", *gpu.values()), store_secret), tracking_secret)
+    key = prepared.outputs["key"]
+
+    base = score_metrics(run_key=key, iteration=0, **where).set_display_name("Score base")
+    with_tracking(
+        with_store(place_on_gpu(with_retries(base), "4", "32Gi", *gpu.values()), store_secret), tracking_secret
+    )
+
+    numbers = plan(count=iterations, first=1).after(base).set_display_name("Plan iterations")
+    place_on_cpu(numbers, cpu="100m", memory="256Mi")
+    with dsl.ParallelFor(numbers.output, parallelism=1, name="iterations") as iteration:
+        round_ = spin_iteration(
+            run_key=key,
+            iteration=iteration,
+            shards=generate_shards,
+            store_secret=store_secret,
+            tracking_secret=tracking_secret,
+            **where,
+            **{f"gpu_{name}": value for name, value in gpu.items()},
+        )
+    registered = register_model(run_key=key, iterations=iterations, model_name=model_name, **where)
+    registered.after(round_).set_display_name("Register model")
+    with_tracking(
+        with_store(place_on_cpu(with_retries(registered), cpu="1", memory="4Gi"), store_secret), tracking_secret
+    )
+
+
+if __name__ == "__main__":
+    from pipelines.command import main
+
+    main(spin_diffusion, CHOICES, ROOT / "build" / "spin-diffusion.yaml")

@@ -1,0 +1,41 @@
+"""Resumable training state as safetensors: trained weights, Adam's moments, step and history. No pickle anywhere."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are being trained, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def save(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Write weights, moments and ``state`` (JSON: step, history) into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, parameter in trained(module).items():
+        tensors[f"weight/{name}"] = parameter.detach().contiguous().cpu()
+        for moment, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{moment}/{name}"] = torch.as_tensor(value).contiguous().cpu()
+    save_file(tensors, folder / "training.safetensors")
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+def load(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Restore what ``save`` wrote, in place, and return its ``state``."""
+    tensors = load_file(folder / "training.safetensors")
+    with torch.no_grad():
+        for name, parameter in trained(module).items():
+            parameter.copy_(tensors[f"weight/{name}"])
+            moments = {key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            # Adam keeps its step counter on the CPU, the moments beside the parameter in its layout.
+            optimizer.state[parameter] = {"step": moments.pop("step")} | {
+                key: torch.empty_like(parameter).copy_(value) for key, value in moments.items()
+            }
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    return state

@@ -1,0 +1,208 @@
+"""Every setting of a run: frozen models that refuse unknown keys, one per stage.
+
+A run is one ``RunConfig``. It starts as a preset (``spin/presets.py``), takes overrides as nested mappings, and is
+written into the store by ``prepare``; the later stages read it from there, so all of them see the same numbers.
+"""
+
+import difflib
+import math
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from spin.errors import SpinError
+
+Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+
+class DataConfig(_Config):
+    """Where the winners (real images) come from and how they are cut."""
+
+    source: str = "emoji"
+    """``emoji``; a folder (imagefolder with metadata.jsonl); a .tar (WebDataset); a .parquet file; ``hf:NAME``."""
+    split: str = "train"
+    """Split to read where the source has several (``hf:``)."""
+    resolution: Positive = 512
+    """Side of the square training images, in pixels; a multiple of the autoencoder's factor."""
+    min_size: Positive = 64
+    """Rows whose shorter side has fewer pixels are rejected."""
+    limit: Positive | None = None
+    """Read at most this many accepted rows."""
+    held_out_share: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """Share of prompts kept out of training, half of them for validation, half for test (chosen by the prompt's
+    hash); ``emoji`` has its own fixed split."""
+    encode_batch: Positive = 32
+    """Images per autoencoder forward pass."""
+
+
+class GenerateConfig(_Config):
+    """How the opponent draws the losers (and how the player is drawn for scoring)."""
+
+    num_inference_steps: Positive = 20
+    """DPM-Solver++ steps: 20 exceed PNDM's 50 in the paper's rebuttal."""
+    guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 7.5
+    """Classifier-free guidance; 1 turns it off. The paper's SD-1.5 setting."""
+    batch_size: Positive = 64
+    """Images per denoiser call (doubled inside by guidance); one padded shape serves all batches."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    roundtrip: bool = False
+    """Decode and re-encode the losers, so that both sides of a pair carry the autoencoder's signature."""
+
+
+class TrainConfig(_Config):
+    """How the player learns. Defaults are those of the paper's SD-1.5 runs (method section 5.1, rebuttal B.1)."""
+
+    objective: Literal["spin", "sft"] = "spin"
+    """``spin``: logistic SPIN, Eq. 3.9; ``sft``: denoising loss on the winners alone."""
+    beta: tuple[PositiveFloat, ...] = (2000.0, 5000.0)
+    """Strength per iteration, the last one repeated. It multiplies 1/2 of the difference of the *mean*-reduced
+    (over C, H, W) errors: see ``spin.losses.spin_loss``."""
+    steps: tuple[Positive, ...] = (50, 500, 300)
+    """Optimizer steps per iteration, the last one repeated."""
+    batch_size: Positive = 2048
+    """Pairs per optimizer step, over all processes and micro-batches."""
+    micro_batch_size: Positive = 8
+    """Pairs per forward pass and process."""
+    learning_rate: PositiveFloat = 2e-5
+    warmup_steps: Annotated[int, Field(ge=0)] = 200
+    """Linear warm-up. The paper's 200 exceed its first iteration, which never reaches the peak."""
+    decay_steps: Positive | None = 500
+    """Linear decay from the peak to 0 at this step (the paper's schedule); ``None``: constant."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    adam_epsilon: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 1e-2
+    max_grad_norm: PositiveFloat = 1.0
+    lora_rank: Annotated[int, Field(ge=0)] = 0
+    """0 trains the whole denoiser; above 0, adapters of this rank that are merged at the end of the iteration."""
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    """Compute type of the denoiser; weights and errors stay float32."""
+    gradient_checkpointing: bool = False
+    prompt_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of pairs trained with the empty prompt (Diffusion-DPO uses 0.2)."""
+    max_winner_drift: PositiveFloat = 0.1
+    """Training stops when the winner's error exceeds the reference's by this share (smoothed over steps)."""
+    checkpoint_every: Positive = 50
+    """Steps between resumable checkpoints."""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> Self:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"expected batch_size to be a multiple of micro_batch_size, got {self.batch_size} and "
+                f"{self.micro_batch_size}"
+            )
+        return self
+
+    def of(self, iteration: int) -> tuple[float, int]:
+        """Return (beta, steps) of 1-based ``iteration``."""
+        last = iteration - 1
+        return self.beta[min(last, len(self.beta) - 1)], self.steps[min(last, len(self.steps) - 1)]
+
+
+class ScoreConfig(_Config):
+    """What is measured on held-out prompts, and with which judge."""
+
+    clip_model: str = "openai/clip-vit-large-patch14"
+    """CLIP folder or hub name; ``emoji`` is the judge that ships with the package."""
+    template: str = "{prompt}"
+    """Text given to the CLIP scorer; ``{prompt}`` stands for the prompt."""
+    styles: tuple[str, ...] = ()
+    """Styles told apart by the style share, the wanted one first; empty: no style share."""
+    max_prompts: Positive = 500
+    """At most this many held-out prompts of each split (validation, test) are drawn."""
+    images_per_prompt: Positive = 1
+    seed: Annotated[int, Field(ge=0)] = 1000
+    bootstrap: Positive = 2000
+    """Resamples of the paired bootstrap over prompts."""
+    sheet_prompts: Positive = 12
+    """Prompts on the contact sheet."""
+
+    @field_validator("template")
+    @classmethod
+    def _names_the_prompt(cls, value: str) -> str:
+        if "{prompt}" not in value:
+            raise ValueError(f"expected a template with {{prompt}}, got {value!r}")
+        return value
+
+
+class RunConfig(_Config):
+    """The whole of a run; equal configs give equal results, so the config is part of the run's identity."""
+
+    preset: str
+    base_model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    """Diffusers folder, ``s3://`` folder of the store, or hub name; ``emoji`` ships with the package."""
+    data: DataConfig = DataConfig()
+    generate: GenerateConfig = GenerateConfig()
+    train: TrainConfig = TrainConfig()
+    score: ScoreConfig = ScoreConfig()
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """Return `` (did you mean 'x'?)`` for the closest known word, else the list of known words."""
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(sorted(known))}"
+
+
+def _fields_at(path: tuple[str, ...]) -> list[str]:
+    model: Any = RunConfig
+    for part in path:
+        model = model.model_fields[part].annotation
+    return list(model.model_fields)
+
+
+def _readable(error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = tuple(str(part) for part in first["loc"])
+    where = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        return f"expected a known option, got {where!r}; {nearest(path[-1], _fields_at(path[:-1]))}"
+    message = first["msg"].removeprefix("Value error, ")
+    got = first.get("input")
+    shown = "" if isinstance(got, dict | BaseModel) else f", got {got!r}"
+    return f"{where}: {message}{shown}" if where else message
+
+
+def merge(base: dict[str, Any], overrides: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """Return ``base`` with nested ``overrides`` laid over it; a section replaced by a plain value is an error."""
+    merged = dict(base)
+    for key, value in overrides.items():
+        if isinstance(merged.get(key), dict):
+            if not isinstance(value, dict):
+                raise SpinError(f"expected a mapping of options under {where}{key}, got {value!r}; nest it")
+            merged[key] = merge(merged[key], value, f"{where}{key}.")
+        else:
+            merged[key] = value
+    return merged
+
+
+def integral(value: Any) -> Any:
+    """Undo what JSON transports do to whole numbers (KFP turns ``50`` inside a mapping into ``50.0``)."""
+    if isinstance(value, dict):
+        return {key: integral(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [integral(item) for item in value]
+    if isinstance(value, float) and math.isfinite(value) and value.is_integer():
+        return int(value)
+    return value
+
+
+def override(config: RunConfig, overrides: dict[str, Any]) -> RunConfig:
+    """Return ``config`` with ``overrides`` such as ``{"train": {"beta": [3000]}}`` applied and checked.
+
+    Raises:
+        SpinError: an unknown key (the nearest right name is offered) or a value outside its range.
+    """
+    if not isinstance(overrides, dict):
+        raise SpinError(f"expected overrides as a mapping like {{'train': {{'beta': [3000]}}}}, got {overrides!r}")
+    try:
+        return RunConfig.model_validate(merge(config.model_dump(mode="json"), integral(overrides)))
+    except ValidationError as error:
+        raise SpinError(f"{_readable(error)} (in overrides)") from None

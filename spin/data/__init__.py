@@ -1,0 +1,1 @@
+"""From winners (real images with prompts) to the encoded data set of a run."""

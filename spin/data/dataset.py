@@ -1,0 +1,98 @@
+"""The prepared data set: winners as latents, prompts with their splits, held-out real images.
+
+A folder::
+
+    index.parquet          id, prompt, split
+    latents-*.safetensors  ``latents``: float16 [rows, C, H, W] in the denoiser's scale, and the rows' ids
+    held-out.parquet       id, prompt, split, image (PNG) of validation and test rows
+    rejections.jsonl       where and why, one line per rejected row
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from spin.emoji import Split
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A prompt that is never trained on, with its real image."""
+
+    id: str
+    prompt: str
+    image: Image.Image
+
+
+class Dataset:
+    """Read access to a prepared data set folder; latents are read row by row, never all at once."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        table = pq.read_table(folder / "index.parquet", columns=["id", "prompt", "split"])
+        train = table.filter(pc.equal(table["split"], "train"))
+        self.ids: list[str] = train["id"].to_pylist()
+        self.prompts: list[str] = train["prompt"].to_pylist()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def _latents(self) -> "Latents":
+        return Latents(sorted(self.folder.glob("latents-*.safetensors")))
+
+    @property
+    def latents_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one winner's latents."""
+        return self._latents.shape
+
+    def winners(self, ids: Sequence[str]) -> torch.Tensor:
+        """Return the latents of the winners ``ids``, float32 [len(ids), C, H, W]."""
+        return self._latents.of(ids)
+
+    def held_out(self, split: Split, limit: int) -> list[HeldOut]:
+        """Return at most ``limit`` rows of ``split``, in the order of the data set."""
+        table = pq.read_table(self.folder / "held-out.parquet")
+        rows = table.filter(pc.equal(table["split"], split)).slice(0, limit).to_pylist()
+        return [HeldOut(row["id"], row["prompt"], Image.open(io.BytesIO(row["image"])).convert("RGB")) for row in rows]
+
+
+class Latents:
+    """Latents in several safetensors files, addressed by pair id; read row by row, never all at once."""
+
+    def __init__(self, files: Sequence[Path]):
+        self._where: dict[str, tuple[int, int]] = {}
+        self._shards = []
+        for number, path in enumerate(files):
+            shard = safe_open(path, framework="pt")
+            self._shards.append(shard.get_slice("latents"))
+            ids = shard.metadata()["ids"].split()
+            self._where |= {id: (number, row) for row, id in enumerate(ids)}
+
+    @staticmethod
+    def write(path: Path, ids: Sequence[str], latents: torch.Tensor) -> None:
+        """Write one file: ``latents`` [len(ids), C, H, W] as float16."""
+        save_file({"latents": latents.half().cpu().contiguous()}, path, metadata={"ids": " ".join(ids)})
+
+    def __contains__(self, id: str) -> bool:
+        return id in self._where
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)"""
+        c, h, w = self._shards[0].get_shape()[1:]
+        return c, h, w
+
+    def of(self, ids: Sequence[str]) -> torch.Tensor:
+        """Return the latents of ``ids``, float32 [len(ids), C, H, W]."""
+        places = [self._where[id] for id in ids]
+        return torch.stack([self._shards[shard][row] for shard, row in places]).float()

@@ -1,0 +1,8 @@
+"""The one error that a user is meant to read."""
+
+
+class SpinError(Exception):
+    """A condition that the user can mend, said in one line: expected X, got Y (where); do Z.
+
+    The command line prints it without a traceback and exits with code 2. Nothing half-written is left behind.
+    """

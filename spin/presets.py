@@ -1,0 +1,67 @@
+"""Named full configurations; ``preset`` in the KFP form is one of ``PRESETS``."""
+
+from spin.config import DataConfig, GenerateConfig, RunConfig, ScoreConfig, TrainConfig, nearest
+from spin.errors import SpinError
+
+
+def emoji_cpu() -> RunConfig:
+    """The embedded small world: OpenMoji winners, the base and judge of the package, minutes on two CPU cores."""
+    return RunConfig(
+        preset="emoji-cpu",
+        base_model="emoji",
+        data=DataConfig(source="emoji", resolution=64, min_size=32, encode_batch=64),
+        generate=GenerateConfig(guidance_scale=3.5),
+        train=TrainConfig(
+            beta=(3000.0,),
+            steps=(60,),
+            batch_size=32,
+            micro_batch_size=32,
+            learning_rate=3e-5,
+            warmup_steps=5,
+            decay_steps=None,
+            checkpoint_every=20,
+        ),
+        score=ScoreConfig(
+            clip_model="emoji",
+            template="{prompt}, openmoji style",
+            styles=("openmoji", "noto", "twemoji", "fluent"),
+        ),
+    )
+
+
+def sd15_paper() -> RunConfig:
+    """The paper's SD-1.5 run: 512 px, batch 2048, lr 2e-5 with its schedule, beta 2000 then 5000, CFG 7.5."""
+    return RunConfig(
+        preset="sd15-paper",
+        data=DataConfig(source="hf:yuvalkirstain/pickapic_v2", resolution=512, min_size=256),
+        score=ScoreConfig(images_per_prompt=5),
+    )
+
+
+def sd15_lora() -> RunConfig:
+    """SD-1.5 on one GPU: rank-64 adapters, batch 256, the paper's other settings."""
+    paper = sd15_paper()
+    return paper.model_copy(
+        update={
+            "preset": "sd15-lora",
+            "train": paper.train.model_copy(
+                update={
+                    "lora_rank": 64,
+                    "batch_size": 256,
+                    "learning_rate": 1e-4,
+                    "steps": (500,),
+                    "warmup_steps": 50,
+                }
+            ),
+        }
+    )
+
+
+PRESETS = {"emoji-cpu": emoji_cpu, "sd15-paper": sd15_paper, "sd15-lora": sd15_lora}
+
+
+def preset(name: str) -> RunConfig:
+    """Return the preset ``name``; an unknown name is refused with the nearest right one."""
+    if name not in PRESETS:
+        raise SpinError(f"expected a preset, got {name!r}; {nearest(name, list(PRESETS))}")
+    return PRESETS[name]()

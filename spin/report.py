@@ -1,0 +1,101 @@
+"""What people look at: contact sheet, result table in Markdown, and one self-contained HTML page."""
+
+import base64
+import html as escaping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from spin.data.dataset import HeldOut
+from spin.run import Index
+
+TITLES = {"clip_score": "CLIP score", "style_share": "Style share", "win_rate": "Win rate over base"}
+MARGIN = 4
+
+
+def row_name(iteration: int) -> str:
+    return "base" if iteration == 0 else f"iteration {iteration}"
+
+
+def contact_sheet(iterations: Sequence[Mapping[str, Image.Image]], prompts: Sequence[HeldOut]) -> Image.Image:
+    """Return one row per iteration (same prompts, same seeds) and the real images as the last row."""
+    side = max(64, min(128, prompts[0].image.width))
+    label = 84
+    rows = [(row_name(k), [images[p.id] for p in prompts]) for k, images in enumerate(iterations)]
+    rows.append(("real", [p.image for p in prompts]))
+    head = 16
+    sheet = Image.new("RGB", (label + len(prompts) * (side + MARGIN), head + len(rows) * (side + MARGIN)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, prompt in enumerate(prompts):
+        x = label + column * (side + MARGIN)
+        text = prompt.prompt if len(prompt.prompt) * 6 <= side else prompt.prompt[: side // 6 - 1] + "."
+        draw.text((x, 2), text.encode("latin-1", "replace").decode("latin-1"), fill="black")
+    for line, (name, images) in enumerate(rows):
+        y = head + line * (side + MARGIN)
+        draw.text((4, y + side // 2 - 6), name, fill="black")
+        for column, image in enumerate(images):
+            resized = image if image.width == side else image.resize((side, side), Image.Resampling.LANCZOS)
+            sheet.paste(resized, (label + column * (side + MARGIN), y))
+    return sheet
+
+
+def cell(name: str, metric: Mapping[str, float] | None) -> str:
+    """Return ``value [low, high]`` with the digits that the metric's scale deserves."""
+    if metric is None:
+        return "-"
+    digits = 2 if name == "clip_score" else 3
+    return f"{metric['value']:.{digits}f} [{metric['low']:.{digits}f}, {metric['high']:.{digits}f}]"
+
+
+def table(rows: Sequence[Index], split: str = "test") -> tuple[list[str], list[list[str]]]:
+    """Return header and body of the result table; ``rows`` are the score indexes of iterations 0..k."""
+    names = list(rows[-1].facts["metrics"][split])
+    header = ["model", *(TITLES.get(name, name) for name in names)]
+    body = [
+        [row_name(row.iteration), *(cell(name, row.facts["metrics"][split].get(name)) for name in names)]
+        for row in rows
+    ]
+    return header, body
+
+
+def caption(rows: Sequence[Index], split: str = "test") -> str:
+    facts = rows[-1].facts
+    return (
+        f"{facts['prompts'][split]} held-out {split} prompts, {facts['images_per_prompt']} image(s) each, the same "
+        "seeds in every row; 95 % bootstrap intervals over prompts; ties count half"
+    )
+
+
+def markdown(run_key: str, rows: Sequence[Index]) -> str:
+    """Return the result table for KFP's Markdown view."""
+    header, body = table(rows)
+    lines = [f"# Run {run_key}", "", "| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    lines += ["| " + " | ".join(line) + " |" for line in body]
+    return "\n".join([*lines, "", caption(rows), ""])
+
+
+def html(run_key: str, rows: Sequence[Index], sheet: Path) -> str:
+    """Return one self-contained page: the sheet as a data URI and the table; no script, no outside request."""
+    header, body = table(rows)
+    picture = base64.b64encode(sheet.read_bytes()).decode()
+    heads = "".join(f"<th>{escaping.escape(text)}</th>" for text in header)
+    lines = "".join("<tr>" + "".join(f"<td>{escaping.escape(text)}</td>" for text in line) + "</tr>" for line in body)
+    alt = f"One row per model from the base to iteration {rows[-1].iteration}, real images in the last row"
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>SPIN-Diffusion: {escaping.escape(run_key)}</title><style>
+:root {{ color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }}
+body {{ margin: 1.5rem auto; padding: 0 1rem; max-width: 70rem; }}
+figure {{ margin: 1rem 0; overflow-x: auto; }} img {{ background: white; border-radius: 4px; }}
+table {{ border-collapse: collapse; }}
+th, td {{ padding: .3rem .8rem; text-align: left; border-bottom: 1px solid #8884; }}
+td {{ font-variant-numeric: tabular-nums; }} small, figcaption {{ opacity: .8; }}
+</style></head><body>
+<h1>SPIN-Diffusion, run {escaping.escape(run_key)}</h1>
+<div style="overflow-x:auto"><table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>
+<p><small>{escaping.escape(caption(rows))}.</small></p>
+<figure><img src="data:image/png;base64,{picture}" alt="{escaping.escape(alt)}">
+<figcaption>Held-out prompts, the same seeds in every row; the real image is last.</figcaption></figure>
+</body></html>
+"""

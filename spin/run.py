@@ -1,0 +1,191 @@
+"""A run in the store: its config, and one index per finished stage. Nothing else decides what is done and what is not.
+
+``runs/<key>/run.json`` holds the config. Each stage writes ``runs/<key>/<stage>.json`` last, when all its objects are
+stored; so a stage is complete or absent. The index says what was made (digests), from what (digests) and by whom; a
+stage whose index matches its inputs is not computed again. That is how a rerun resumes.
+"""
+
+import os
+import platform
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+import spin
+from spin.config import RunConfig
+from spin.errors import SpinError
+from spin.store import Ref, Store, digest_of
+
+RUN_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+class Index(BaseModel):
+    """What a finished stage leaves behind.
+
+    Attributes:
+        stage: its path below the run, e.g. ``iteration-001/train``.
+        inputs: everything that determines the result, as digests and settings.
+        outputs: the objects made, by name.
+        facts: small results: counts, metrics, shapes.
+        seconds, items: wall time and number of images or pairs worked on; summed over interrupted attempts.
+        producer: versions, commit, host and device; no part of the identity.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    stage: str
+    iteration: int
+    inputs: dict[str, Any]
+    outputs: dict[str, Ref]
+    facts: dict[str, Any]
+    seconds: float
+    items: int
+    producer: dict[str, str]
+
+
+def commit() -> str:
+    """Return the source commit: ``SPIN_COMMIT`` (set in images), else git's, else ``unknown``."""
+    if known := os.environ.get("SPIN_COMMIT"):
+        return known
+    try:
+        where = Path(__file__).resolve().parent
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return git.stdout.strip() or "unknown"
+
+
+def producer() -> dict[str, str]:
+    """Return who computes: versions, commit, host, device and the KFP run, where there is one."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "spin": spin.__version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": version("diffusers"),
+        "transformers": version("transformers"),
+        "host": socket.gethostname(),
+        "device": device,
+        "kfp_run_id": os.environ.get("KFP_RUN_ID", ""),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
+    changes = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            changes += _changes(before, after, f"{where}{key}.")
+        elif before != after:
+            changes.append(f"{where}{key} {before!r} -> {after!r}")
+    return changes
+
+
+class Run:
+    """One run key in a store.
+
+    Raises:
+        SpinError: the key is no plain name (letters, digits, ``.``, ``_``, ``-``; at most 63).
+    """
+
+    def __init__(self, store: Store, key: str):
+        if not RUN_KEY.fullmatch(key) or ".." in key:
+            raise SpinError(
+                f"expected a run key of letters, digits, '.', '_' and '-' (at most 63), got {key!r}; choose another"
+            )
+        self.store, self.key = store, key
+
+    def _path(self, stage: str) -> str:
+        return f"runs/{self.key}/{stage}.json"
+
+    def begin(self, config: RunConfig) -> None:
+        """Write the config of a new run, or make sure that an existing run has the same one.
+
+        Raises:
+            SpinError: the run exists with another config; the first differences are named.
+        """
+        new = config.model_dump(mode="json")
+        known = self.store.read_json(self._path("run"))
+        if known is None:
+            self.store.write_json(self._path("run"), {"config": new})
+        elif changes := _changes(known["config"], new):
+            raise SpinError(
+                f"expected the config that run {self.key!r} began with, got {'; '.join(changes[:3])}; choose another "
+                "run key, or the old options to resume"
+            )
+
+    def config(self) -> RunConfig:
+        """Return the run's config, as written by prepare-data."""
+        known = self.store.read_json(self._path("run"))
+        if known is None:
+            raise SpinError(f"expected a prepared run, got no run {self.key!r} in {self.store.uri}; prepare it first")
+        return RunConfig.model_validate(known["config"])
+
+    def find(self, stage: str, inputs: dict[str, Any] | None = None) -> Index | None:
+        """Return the index of a finished stage; with ``inputs``, only if it was made from exactly those."""
+        found = self.store.read_json(self._path(stage))
+        if found is None:
+            return None
+        index = Index.model_validate(found)
+        return index if inputs is None or digest_of(index.inputs) == digest_of(inputs) else None
+
+    def need(self, stage: str, for_what: str) -> Index:
+        """Return the index of a stage that must be complete before ``for_what`` may start."""
+        index = self.find(stage)
+        if index is None:
+            raise SpinError(
+                f"expected {stage} of run {self.key!r} to be complete before {for_what}, got none in {self.store.uri}; "
+                "run it first"
+            )
+        return index
+
+    def finish(self, index: Index) -> Index:
+        """Write the index; from now on the stage is complete."""
+        self.store.write_json(self._path(index.stage), index.model_dump(mode="json"))
+        return index
+
+    def read_progress(self, stage: str) -> dict[str, Any] | None:
+        """Return the progress document of an unfinished stage (its last checkpoint), if any."""
+        found: dict[str, Any] | None = self.store.read_json(self._path(f"{stage}.progress"))
+        return found
+
+    def write_progress(self, stage: str, value: dict[str, Any]) -> None:
+        self.store.write_json(self._path(f"{stage}.progress"), value)
+
+
+def iteration_stage(iteration: int, stage: str) -> str:
+    """Return the path of a stage of an iteration below its run."""
+    return f"iteration-{iteration:03d}/{stage}"
+
+
+def whole_iteration(value: float, lowest: int) -> int:
+    """Return ``value`` as an iteration number; loops in KFP hand over 1 as 1.0.
+
+    Raises:
+        SpinError: it is below ``lowest`` or no whole number.
+    """
+    if value != int(value) or value < lowest:
+        raise SpinError(f"expected an iteration number of at least {lowest}, got {value}; iterations count from 1")
+    return int(value)
+
+
+class Clock:
+    """Wall time of a stage."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return round(time.monotonic() - self._started, 2)

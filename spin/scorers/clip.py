@@ -1,0 +1,94 @@
+"""CLIP score and style share, both from any ``transformers`` CLIPModel: a folder or a hub name.
+
+CLIP score: 100 * cos(image, text), Hessel et al. 2021 without their factor 2.5 and their clamp at 0, i.e. the number
+that the diffusion literature quotes (about 20 to 35 with OpenAI's models).
+"""
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch.nn.functional import normalize
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+from spin.errors import SpinError
+
+BATCH = 64
+
+
+class Clip:
+    """A frozen CLIP with its preprocessing, in float32 on ``device``."""
+
+    def __init__(self, name: str, device: torch.device):
+        folder = self.find(name)
+        try:
+            self.model = CLIPModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).to(device).eval()
+            self.tokenizer = CLIPTokenizer.from_pretrained(folder)
+            self.processor = CLIPImageProcessorPil.from_pretrained(folder)
+        except (OSError, ValueError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise SpinError(
+                f"expected a CLIP model with safetensors, got {name!r} ({reason}); set score.clip_model"
+            ) from None
+        self.device = device
+
+    @staticmethod
+    def find(name: str) -> str:
+        """Return the folder or hub name behind ``name``; ``emoji`` is the judge of the package."""
+        return str(Path(str(files("spin.emoji") / "judge"))) if name == "emoji" else name
+
+    @torch.inference_mode()
+    def images(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Return unit image embeddings, [N, D]."""
+        parts = []
+        for start in range(0, len(images), BATCH):
+            pixels = self.processor(list(images[start : start + BATCH]), return_tensors="pt").pixel_values
+            parts.append(self.model.get_image_features(pixel_values=pixels.to(self.device)).pooler_output)
+        return normalize(torch.cat(parts), dim=-1)
+
+    @torch.inference_mode()
+    def texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Return unit text embeddings, [N, D]; texts beyond the model's length are cut."""
+        length = self.model.config.text_config.max_position_embeddings
+        parts = []
+        for start in range(0, len(texts), BATCH):
+            tokens = self.tokenizer(
+                list(texts[start : start + BATCH]),
+                padding="max_length",
+                truncation=True,
+                max_length=length,
+                return_tensors="pt",
+            )
+            parts.append(self.model.get_text_features(input_ids=tokens.input_ids.to(self.device)).pooler_output)
+        return normalize(torch.cat(parts), dim=-1)
+
+
+class ClipScore:
+    """100 * cosine of image and ``template`` filled with its prompt."""
+
+    name = "clip_score"
+
+    def __init__(self, clip: Clip, template: str):
+        self.clip, self.template = clip, template
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
+        texts = self.clip.texts([self.template.replace("{prompt}", prompt) for prompt in prompts])
+        return 100 * (self.clip.images(images) * texts).sum(-1).float().cpu()
+
+
+class StyleShare:
+    """1 where the first of ``styles`` fits the image best among "<prompt>, <style> style", else 0."""
+
+    name = "style_share"
+
+    def __init__(self, clip: Clip, styles: Sequence[str]):
+        self.clip, self.styles = clip, tuple(styles)
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
+        texts = [f"{prompt}, {style} style" for prompt in prompts for style in self.styles]
+        embedded = self.clip.texts(texts).view(len(prompts), len(self.styles), -1)
+        fit = (embedded @ self.clip.images(images).unsqueeze(-1)).squeeze(-1)
+        return (fit.argmax(-1) == 0).float().cpu()

@@ -1,0 +1,34 @@
+"""The five stages: one function each, called by a component and by the command line alike."""
+
+import logging
+import sys
+from dataclasses import dataclass
+
+from spin.run import Run
+from spin.store import Store
+
+logger = logging.getLogger("spin")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run lives: its key, the store, and the MLflow server (empty: no tracking)."""
+
+    run_key: str
+    store_uri: str
+    store_endpoint: str
+    tracking_uri: str = ""
+    experiment: str = "spin-diffusion"
+
+    def open(self) -> Run:
+        """Return the run; the store is checked first, so that bad keys cost nothing."""
+        if not logger.handlers:
+            handler = logging.StreamHandler(sys.stdout)
+            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+            logger.addHandler(handler)
+            logger.setLevel(logging.INFO)
+            logger.propagate = False
+        store = Store(self.store_uri, self.store_endpoint)
+        run = Run(store, self.run_key)
+        store.check()
+        return run

@@ -1,0 +1,99 @@
+"""generate-synthetic: the opponent draws the losers for one shard of the training prompts."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from spin import models, tracking
+from spin.data.dataset import Dataset, Latents
+from spin.errors import SpinError
+from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iteration
+from spin.sampling import batches, fast_precision, roundtrip, sample_latents, shard_batches
+from spin.seeding import noise_of
+from spin.stages import Place, logger
+from spin.store import Ref
+
+
+def opponent_of(run: Run, iteration: int, for_what: str) -> Ref:
+    """Return the opponent of ``iteration``: the base model, or the player that iteration - 1 ended with.
+
+    Order is not trusted to any scheduler: an incomplete predecessor is refused here.
+    """
+    if iteration == 1:
+        return run.need("prepare", for_what).outputs["base"]
+    return run.need(iteration_stage(iteration - 1, "train"), for_what).outputs["model"]
+
+
+def shard_stage(iteration: int, shard: int, shards: int) -> str:
+    return iteration_stage(iteration, f"generate-{shard:04d}-of-{shards:04d}")
+
+
+def generate(place: Place, iteration: int, shard: int = 0, shards: int = 1) -> Index:
+    """Draw and store the losers of one shard, as latents.
+
+    Returns:
+        The index: output ``losers``, a safetensors file with ``latents`` float16 [n, C, H, W] and the pair ids.
+    """
+    iteration, shard, shards = whole_iteration(iteration, 1), int(shard), int(shards)
+    if not 0 <= shard < shards:
+        raise SpinError(f"expected a shard from 0 to {shards - 1}, got {shard}; shards count from 0")
+    run = place.open()
+    config, clock = run.config(), Clock()
+    stage = shard_stage(iteration, shard, shards)
+    opponent = opponent_of(run, iteration, stage)
+    dataset = run.need("prepare", stage).outputs["dataset"]
+    inputs = {
+        "opponent": opponent.digest,
+        "dataset": dataset.digest,
+        "shard": shard,
+        "shards": shards,
+        "config": config.generate.model_dump(mode="json"),
+    }
+    if index := run.find(stage, inputs):
+        logger.info("iteration %d: shard %d of %d complete", iteration, shard + 1, shards)
+        return index
+    pairs = Dataset(run.store.get(dataset))
+    mine = list(shard_batches(len(pairs), config.generate.batch_size, shard, shards))
+    model = models.load(run.store.get(opponent))
+    precision = fast_precision(model.device)
+    drawn, ids, total = [], [], sum(len(rows) for rows in mine)
+    for rows in mine:
+        names = [pairs.ids[row] for row in rows]
+        noise = torch.stack(
+            [noise_of(pairs.latents_shape, "generate", config.generate.seed, iteration, id) for id in names]
+        )
+        latents = sample_latents(model, [pairs.prompts[row] for row in rows], noise, config.generate, precision)
+        if config.generate.roundtrip:
+            latents = roundtrip(model, latents, precision)
+        drawn.append(latents.cpu())
+        ids += names
+        logger.info(
+            "iteration %d: shard %d of %d: %d of %d images, %.1f images/s",
+            iteration,
+            shard + 1,
+            shards,
+            len(ids),
+            total,
+            len(ids) / max(clock.seconds, 1e-3),
+        )
+    with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
+        path = Path(scratch) / "losers.safetensors"
+        latents = torch.cat(drawn) if drawn else torch.zeros(0, *pairs.latents_shape)
+        Latents.write(path, ids, latents)
+        losers = run.store.put_file(path)
+    index = run.finish(
+        Index(
+            stage=stage,
+            iteration=iteration,
+            inputs=inputs,
+            outputs={"losers": losers},
+            facts={"batches": len(mine), "batches_in_all": len(batches(len(pairs), config.generate.batch_size))},
+            seconds=clock.seconds,
+            items=len(ids),
+            producer=producer(),
+        )
+    )
+    with tracking.stage(place, index.stage, iteration) as log:
+        log.index(index)
+    return index

@@ -1,0 +1,188 @@
+"""prepare-data: check everything, bring the base model into the store, turn real images into latents."""
+
+import io
+import json
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from spin import models, tracking
+from spin.config import RunConfig, override
+from spin.data.dataset import Latents
+from spin.data.sources import Rejection, Row, read
+from spin.diffusion import alphas_cumprod
+from spin.errors import SpinError
+from spin.presets import preset as named
+from spin.run import Clock, Index, Run, producer, whole_iteration
+from spin.sampling import autocast, fast_precision
+from spin.stages import Place, logger
+
+MOST_REJECTIONS_LISTED = 10_000
+ROWS_PER_FILE = 8192
+
+
+def resolve(preset: str, base_model: str, data_source: str, overrides: dict[str, Any]) -> RunConfig:
+    """Return the run's config: a preset, then the named options, then the overrides."""
+    config = named(preset)
+    named_options: dict[str, Any] = {}
+    if base_model:
+        named_options["base_model"] = base_model
+    if data_source:
+        named_options["data"] = {"source": data_source}
+    return override(override(config, named_options), overrides)
+
+
+def prepare(
+    place: Place,
+    preset: str,
+    base_model: str = "",
+    data_source: str = "",
+    overrides: dict[str, Any] | None = None,
+    iterations: int = 1,
+) -> Index:
+    """Begin the run and store its base model and data set.
+
+    ``iterations`` is only checked: a run may go on with a higher number later.
+
+    Returns:
+        The index: outputs ``dataset`` and ``base``, facts with counts of rows and rejections.
+
+    Raises:
+        SpinError: anything about the options, the store, the base model or the images that would stop the run later.
+    """
+    config = resolve(preset, base_model, data_source, overrides or {})
+    whole_iteration(iterations, 1)
+    run = place.open()
+    run.begin(config)
+    clock = Clock()
+    folder = models.find(config.base_model)
+    models.check(folder)
+    inputs = {"config": config.model_dump(mode="json", include={"preset", "base_model", "data"})}
+    if index := run.find("prepare", inputs):
+        logger.info("prepare: complete, %d pairs", index.items)
+    else:
+        index = _prepare(run, config, folder, inputs, clock)
+    with tracking.stage(place, index.stage, 0) as log:
+        log.params(config)
+        log.index(index)
+    return index
+
+
+def _prepare(run: Run, config: RunConfig, folder: Path, inputs: dict[str, Any], clock: Clock) -> Index:
+    model = models.load(folder)
+    shape = model.latents_shape(config.data.resolution)
+    alphas_cumprod(model.scheduler_config)
+    with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
+        work = Path(scratch)
+        counts, rejections = _write(work / "dataset", config, model)
+        accepted = counts["train"]
+        if accepted < config.train.batch_size:
+            listed = ", ".join(f"{n} {why}" for why, n in rejections.most_common(4)) or "no rejections"
+            what = (
+                "at least one image with a caption"
+                if not sum(counts.values())
+                else (f"at least one batch of training pairs (train.batch_size {config.train.batch_size})")
+            )
+            raise SpinError(
+                f"expected {what}, got {accepted} pairs from {config.data.source} ({listed}); add images or lower "
+                "train.batch_size"
+            )
+        dataset = run.store.put_folder(work / "dataset")
+        logger.info("prepare: data set %s stored, %.1f MB", dataset.digest[:12], dataset.size / 1e6)
+        base = run.store.put_folder(_model_files(folder, work / "base"))
+    return run.finish(
+        Index(
+            stage="prepare",
+            iteration=0,
+            inputs=inputs,
+            outputs={"dataset": dataset, "base": base},
+            facts={
+                **{f"{split}_rows": counts[split] for split in ("train", "validation", "test")},
+                "rejected_rows": sum(rejections.values()),
+                "rejections": dict(rejections),
+                "latents_shape": list(shape),
+            },
+            seconds=clock.seconds,
+            items=accepted,
+            producer=producer(),
+        )
+    )
+
+
+def _model_files(folder: Path, target: Path) -> Path:
+    """Link the files that a run needs (no model card, no licence texts) into ``target``."""
+    keep = [
+        folder / "model_index.json",
+        *(path for part in (*models.PARTS, "scheduler") for path in (folder / part).rglob("*") if path.is_file()),
+    ]
+    for path in keep:
+        link = target / path.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path.resolve())
+    return target
+
+
+def _write(target: Path, config: RunConfig, model: models.Model) -> tuple[Counter[str], Counter[str]]:
+    """Write the data set folder; return counts of rows by split and of rejections by reason."""
+    target.mkdir()
+    counts: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    index: list[dict[str, str]] = []
+    held_out: list[dict[str, Any]] = []
+    ids: list[str] = []
+    latents: list[torch.Tensor] = []
+    waiting: list[Row] = []
+    precision = fast_precision(model.device)
+
+    def encode() -> None:
+        pixels = torch.from_numpy(np.stack([np.asarray(row.image) for row in waiting])).permute(0, 3, 1, 2)
+        with autocast(model.device, precision):
+            latents.append(model.encode(pixels.float() / 127.5 - 1).half().cpu())
+        ids.extend(row.id for row in waiting)
+        waiting.clear()
+        logger.info("prepare: %d images encoded", counts["train"])
+        if len(ids) >= ROWS_PER_FILE:
+            flush()
+
+    def flush() -> None:
+        number = len(list(target.glob("latents-*")))
+        Latents.write(target / f"latents-{number:05d}.safetensors", ids, torch.cat(latents))
+        ids.clear()
+        latents.clear()
+
+    with (target / "rejections.jsonl").open("w") as rejected:
+        for row in read(config.data):
+            if isinstance(row, Rejection):
+                reasons[row.reason.split(":")[0]] += 1
+                if sum(reasons.values()) <= MOST_REJECTIONS_LISTED:
+                    rejected.write(json.dumps({"where": row.where, "reason": row.reason}) + "\n")
+                continue
+            counts[row.split] += 1
+            index.append({"id": row.id, "prompt": row.prompt, "split": row.split})
+            if row.split == "train":
+                waiting.append(row)
+                if len(waiting) == config.data.encode_batch:
+                    encode()
+            elif counts[row.split] <= config.score.max_prompts:
+                png = io.BytesIO()
+                row.image.save(png, "PNG")
+                held_out.append({"id": row.id, "prompt": row.prompt, "split": row.split, "image": png.getvalue()})
+    if waiting:
+        encode()
+    if ids:
+        flush()
+    text = pa.string()
+    pq.write_table(
+        pa.Table.from_pylist(index, pa.schema({"id": text, "prompt": text, "split": text})), target / "index.parquet"
+    )
+    pq.write_table(
+        pa.Table.from_pylist(held_out, pa.schema({"id": text, "prompt": text, "split": text, "image": pa.binary()})),
+        target / "held-out.parquet",
+    )
+    return counts, reasons

@@ -1,0 +1,109 @@
+"""register-model: a registry version per iteration, the alias ``challenger`` on the best one, the run closed."""
+
+from dataclasses import dataclass
+
+from spin import tracking
+from spin.config import RunConfig
+from spin.errors import SpinError
+from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iteration
+from spin.stages import Place, logger
+from spin.stages.score import PRIMARY
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A player with its validation score."""
+
+    iteration: int
+    training: Index
+    scores: Index
+
+    @property
+    def validation(self) -> float:
+        return float(self.scores.facts["metrics"]["validation"][PRIMARY]["value"])
+
+
+def register(place: Place, model_name: str, iterations: int) -> Index:
+    """Register the player of every iteration and point ``challenger`` at the best on the validation prompts.
+
+    The test prompts have no part in the choice, so the table on them stays honest.
+
+    Raises:
+        SpinError: an iteration is incomplete, or the registry is out of reach (nothing is lost: run it again).
+    """
+    iterations = whole_iteration(iterations, 1)
+    if not model_name or any(sign in model_name for sign in "/:"):
+        raise SpinError(f"expected a registry name without '/' and ':', got {model_name!r}; set model_name")
+    run = place.open()
+    config, clock = run.config(), Clock()
+    prepared = run.need("prepare", "register")
+    candidates = [
+        Candidate(
+            k, run.need(iteration_stage(k, "train"), "register"), run.need(iteration_stage(k, "score"), "register")
+        )
+        for k in range(1, iterations + 1)
+    ]
+    best = max(candidates, key=lambda candidate: candidate.validation)
+    inputs = {
+        "model_name": model_name,
+        "players": [c.training.outputs["model"].digest for c in candidates],
+        "scores": [c.scores.outputs["scores"].digest for c in candidates],
+    }
+    if index := run.find("register", inputs):
+        logger.info("register: %s version %s is %s", model_name, index.facts["version"], index.facts["alias"])
+        return index
+    return _register(place, run, config, prepared, candidates, best, inputs, clock)
+
+
+def _register(
+    place: Place,
+    run: Run,
+    config: RunConfig,
+    prepared: Index,
+    candidates: list[Candidate],
+    best: Candidate,
+    inputs: dict[str, object],
+    clock: Clock,
+) -> Index:
+    name = str(inputs["model_name"])
+    registry = tracking.Registry(place)
+    versions = {}
+    for candidate in candidates:
+        made = candidate.training
+        tags = {
+            "spin.run_key": run.key,
+            "spin.iteration": str(candidate.iteration),
+            "spin.preset": config.preset,
+            "spin.digest": made.outputs["model"].digest,
+            "spin.dataset_digest": prepared.outputs["dataset"].digest,
+            "spin.opponent_digest": str(made.inputs["opponent"]),
+            "spin.commit": made.producer["commit"],
+            "spin.objective": config.train.objective,
+            "spin.store_endpoint": run.store.endpoint,
+        }
+        for split, metrics in candidate.scores.facts["metrics"].items():
+            tags |= {f"spin.{split}.{metric}": f"{value['value']:.4f}" for metric, value in metrics.items()}
+        versions[candidate.iteration] = registry.register(name, made.outputs["model"].uri, tags, made.stage)
+    alias = "challenger"
+    registry.point(name, alias, versions[best.iteration])
+    parent = registry.close_run()
+    logger.info("register: %s version %s (iteration %d) is %s", name, versions[best.iteration], best.iteration, alias)
+    return run.finish(
+        Index(
+            stage="register",
+            iteration=best.iteration,
+            inputs=inputs,
+            outputs={"model": best.training.outputs["model"]},
+            facts={
+                "model_name": name,
+                "version": versions[best.iteration],
+                "alias": alias,
+                "versions": {str(k): version for k, version in versions.items()},
+                "chosen_by": f"validation {PRIMARY}",
+                "mlflow_run_id": parent,
+            },
+            seconds=clock.seconds,
+            items=len(candidates),
+            producer=producer(),
+        )
+    )

@@ -1,0 +1,146 @@
+"""spin-train: one iteration of self-play on winners and losers; checkpoints and the player go to the store."""
+
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from spin import models, tracking
+from spin.config import RunConfig
+from spin.data.dataset import Dataset, Latents
+from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iteration
+from spin.sampling import fast_precision
+from spin.stages import Place, logger
+from spin.stages.generate import opponent_of, shard_stage
+from spin.store import Ref, digest_of
+from spin.training import Diverged, Trainer
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+def train(place: Place, iteration: int, shards: int = 1) -> Index:
+    """Train the player of ``iteration`` and store it as a diffusers folder.
+
+    Returns:
+        The index: outputs ``model`` (folder) and ``history`` (JSON lines, one per step), facts with the last measures.
+
+    Raises:
+        SpinError: a predecessor is incomplete, or training diverged (the last good checkpoint stays in the store).
+    """
+    iteration, shards = whole_iteration(iteration, 1), int(shards)
+    run = place.open()
+    config, clock = run.config(), Clock()
+    stage = iteration_stage(iteration, "train")
+    opponent = opponent_of(run, iteration, stage)
+    dataset = run.need("prepare", stage).outputs["dataset"]
+    losers = (
+        []
+        if config.train.objective == "sft"
+        else [run.need(shard_stage(iteration, shard, shards), stage).outputs["losers"] for shard in range(shards)]
+    )
+    beta, steps = config.train.of(iteration)
+    inputs = {
+        "opponent": opponent.digest,
+        "dataset": dataset.digest,
+        "losers": [ref.digest for ref in losers],
+        "config": config.train.model_dump(mode="json"),
+        "beta": beta,
+        "steps": steps,
+    }
+    index = run.find(stage, inputs)
+    if index:
+        logger.info("iteration %d: training complete, player %s", iteration, index.outputs["model"].digest[:12])
+    with tracking.stage(place, stage, iteration, system_metrics=index is None) as log:
+        if index is None:
+            index = _train(run, config, iteration, stage, opponent, dataset, losers, inputs, clock, log)
+        log.index(index)
+        history = run.store.get(index.outputs["history"]).read_text().splitlines()
+        log.curves([json.loads(line) for line in history])
+    return index
+
+
+def _train(
+    run: Run,
+    config: RunConfig,
+    iteration: int,
+    stage: str,
+    opponent: Ref,
+    dataset: Ref,
+    losers: list[Ref],
+    inputs: dict[str, Any],
+    clock: Clock,
+    log: tracking.StageLog,
+) -> Index:
+    folder = run.store.get(opponent)
+    model = models.load(folder)
+    sides = Latents([run.store.get(ref) for ref in losers]) if losers else None
+    trainer = Trainer(
+        model, Dataset(run.store.get(dataset)), sides, config.train, iteration, fast_precision(model.device)
+    )
+    identity = digest_of(inputs)
+    progress = run.read_progress(stage)
+    resume = None
+    before = 0.0
+    if progress and progress["inputs"] == identity:
+        resume, before = run.store.get(Ref.model_validate(progress["checkpoint"])), progress["seconds"]
+        logger.info("iteration %d: resuming from step %d", iteration, progress["step"])
+    spoken = 0.0
+
+    def on_step(step: int, measures: dict[str, float]) -> None:
+        nonlocal spoken
+        log.step(step, measures)
+        if time.monotonic() - spoken > SECONDS_BETWEEN_LINES or step == trainer.steps:
+            spoken = time.monotonic()
+            shown = "  ".join(
+                f"{name} {measures[name]:.4g}"
+                for name in ("loss", "implicit_accuracy", "winner_drift")
+                if name in measures
+            )
+            logger.info("iteration %d: step %d of %d  %s", iteration, step, trainer.steps, shown)
+
+    def on_checkpoint(path: Path) -> None:
+        ref = run.store.put_folder(path)
+        run.write_progress(
+            stage,
+            {
+                "inputs": identity,
+                "step": trainer.step,
+                "checkpoint": ref.model_dump(mode="json"),
+                "seconds": round(before + clock.seconds, 2),
+            },
+        )
+        shutil.rmtree(path)
+
+    with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
+        work = Path(scratch)
+        try:
+            trainer.run(on_step, on_checkpoint, work, resume)
+        except Diverged:
+            log.failed("diverged")
+            raise
+        models.export(folder, trainer.player_unet(), work / "model")
+        player = run.store.put_folder(work / "model")
+        path = work / "history.jsonl"
+        # Seconds differ from run to run; the history's digest should not.
+        rows = [{key: value for key, value in row.items() if key != "seconds"} for row in trainer.history]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        history = run.store.put_file(path)
+    last = {f"final_{name}": value for name, value in rows[-1].items() if name != "step"}
+    return run.finish(
+        Index(
+            stage=stage,
+            iteration=iteration,
+            inputs=inputs,
+            outputs={"model": player, "history": history},
+            facts={"beta": beta_of(config, iteration), "steps": trainer.steps, "first_loss": rows[0]["loss"], **last},
+            seconds=round(before + clock.seconds, 2),
+            items=trainer.steps * config.train.batch_size,
+            producer=producer(),
+        )
+    )
+
+
+def beta_of(config: RunConfig, iteration: int) -> float:
+    return config.train.of(iteration)[0]

@@ -1,0 +1,39 @@
+"""Means and win rates with bootstrap intervals over prompts."""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def bootstrap(per_prompt: np.ndarray, resamples: int, seed: int = 0) -> Estimate:
+    """Return the mean of ``per_prompt`` (float [P]) with its percentile bootstrap interval over prompts.
+
+    Resampling prompts, not images, keeps several images of one prompt from passing as independent. The same ``seed``
+    draws the same prompts for every iteration, so differences between rows are paired.
+    """
+    draws = np.random.default_rng(seed).integers(len(per_prompt), size=(resamples, len(per_prompt)))
+    means = per_prompt[draws].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Estimate(float(per_prompt.mean()), float(low), float(high))
+
+
+def wins(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """Return per image 1 where ``ours`` is higher, 0.5 at a tie, else 0; images are paired by prompt and seed."""
+    return np.where(ours > theirs, 1.0, np.where(ours == theirs, 0.5, 0.0))
+
+
+def per_prompt(values: np.ndarray, images_per_prompt: int) -> np.ndarray:
+    """Average [P * n] values, ordered by prompt, to [P]."""
+    return values.reshape(-1, images_per_prompt).mean(axis=1)

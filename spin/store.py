@@ -1,0 +1,244 @@
+"""The object store: content-addressed objects and small JSON documents in any S3, through the ``minio`` client.
+
+Layout below the store's uri ``s3://bucket/prefix``::
+
+    objects/<sha256>                  one file
+    folders/<sha256>/<path>           the files of a folder; the digest is that of its sorted listing
+    folders/<sha256>.json             the listing, written last: a folder is complete or absent
+    runs/<run key>/...json            indexes (``spin/run.py``)
+
+Objects are immutable and named by what they hold, so writing twice is harmless and a reader verifies what it gets.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import urllib3
+from minio import Minio
+from minio.error import InvalidResponseError, S3Error, ServerError
+from pydantic import BaseModel, ConfigDict
+
+from spin.errors import SpinError
+
+
+class Ref(BaseModel):
+    """The address of an object: its kind, SHA-256 and size in bytes; ``uri`` is for people and for MLflow."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["file", "folder"]
+    digest: str
+    size: int
+    uri: str
+
+
+def digest_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def canonical(value: Any) -> bytes:
+    """Return the one JSON form of ``value`` that digests are taken of."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def digest_of(value: Any) -> str:
+    """Return the SHA-256 of a JSON value, in hex."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def listing_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return ``{path: {digest, size}}`` for the regular files below ``folder``."""
+    return {
+        path.relative_to(folder).as_posix(): {"digest": digest_of_file(path), "size": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _cache() -> Path:
+    base = os.environ.get("SPIN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "spin-diffusion")
+    return Path(base).expanduser()
+
+
+class Store:
+    """A bucket and prefix of an S3 server.
+
+    Args:
+        uri: ``s3://bucket`` or ``s3://bucket/prefix``.
+        endpoint: ``http://host:port`` or ``https://host``. Keys come from ``AWS_ACCESS_KEY_ID`` and
+            ``AWS_SECRET_ACCESS_KEY``.
+
+    Raises:
+        SpinError: malformed addresses, missing or refused keys, no such bucket, no server.
+    """
+
+    def __init__(self, uri: str, endpoint: str):
+        match = re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/([\w.=-]+(?:/[\w.=-]+)*))?/?", uri)
+        if not match or ".." in uri:
+            raise SpinError(f"expected a store uri like s3://bucket/prefix, got {uri!r}; set store_uri")
+        address = urlsplit(endpoint)
+        if address.scheme not in ("http", "https") or not address.hostname or address.path.strip("/"):
+            raise SpinError(f"expected an S3 endpoint like http://host:9000, got {endpoint!r}; set store_endpoint")
+        keys = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
+        if not all(keys):
+            raise SpinError(
+                "expected S3 keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, got none; set them, or on a cluster "
+                "put them into the secret named by store_secret"
+            )
+        self.uri, self.endpoint = uri.rstrip("/"), endpoint
+        self.bucket, self.prefix = match[1], f"{match[2]}/" if match[2] else ""
+        self._client = Minio(
+            address.netloc,
+            access_key=keys[0],
+            secret_key=keys[1],
+            secure=address.scheme == "https",
+            region=os.environ.get("AWS_DEFAULT_REGION", "us-east-1"),
+            http_client=urllib3.PoolManager(
+                timeout=urllib3.Timeout(connect=10, read=120),
+                maxsize=10,
+                cert_reqs="CERT_REQUIRED",
+                ca_certs=os.environ.get("SSL_CERT_FILE"),
+                retries=urllib3.Retry(total=4, backoff_factor=0.5, status_forcelist=[500, 502, 503, 504]),
+            ),
+        )
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        where = f"({self.endpoint}, {self.uri})"
+        try:
+            yield
+        except S3Error as error:
+            if error.code == "NoSuchBucket":
+                raise SpinError(f"expected the bucket {self.bucket!r}, got none {where}; create it") from None
+            if error.code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied"):
+                raise SpinError(
+                    f"expected S3 keys that may use this bucket, got {error.code} {where}; check AWS_ACCESS_KEY_ID and "
+                    "AWS_SECRET_ACCESS_KEY"
+                ) from None
+            raise SpinError(
+                f"expected an answer from S3, got {error.code}: {error.message} {where}; try again"
+            ) from None
+        except (urllib3.exceptions.HTTPError, InvalidResponseError, ServerError) as error:
+            raise SpinError(
+                f"expected an S3 server, got {type(error).__name__} {where}; check store_endpoint and the network"
+            ) from None
+
+    def check(self) -> None:
+        """Make sure that the bucket exists and that the keys may read it."""
+        with self._errors():
+            if not self._client.bucket_exists(self.bucket):
+                raise SpinError(
+                    f"expected the bucket {self.bucket!r}, got none ({self.endpoint}, {self.uri}); create it"
+                )
+
+    def _exists(self, key: str) -> bool:
+        try:
+            self._client.stat_object(self.bucket, self.prefix + key)
+        except S3Error as error:
+            if error.code in ("NoSuchKey", "NoSuchObject"):
+                return False
+            raise
+        return True
+
+    def read_json(self, key: str) -> Any:
+        """Return the JSON document at ``key``, or ``None`` where there is none."""
+        with self._errors():
+            try:
+                response = self._client.get_object(self.bucket, self.prefix + key)
+            except S3Error as error:
+                if error.code == "NoSuchKey":
+                    return None
+                raise
+            try:
+                return json.loads(response.read())
+            finally:
+                response.close()
+                response.release_conn()
+
+    def write_json(self, key: str, value: Any) -> None:
+        """Write a small JSON document in one request: it is there whole or not at all."""
+        data = json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode()
+        with self._errors():
+            self._client.put_object(
+                self.bucket, self.prefix + key, io.BytesIO(data), len(data), content_type="application/json"
+            )
+
+    def put_file(self, path: Path) -> Ref:
+        """Store a file under its digest; an object that is there already is not sent again."""
+        digest = digest_of_file(path)
+        key = f"objects/{digest}"
+        with self._errors():
+            if not self._exists(key):
+                self._client.fput_object(self.bucket, self.prefix + key, str(path))
+        return Ref(kind="file", digest=digest, size=path.stat().st_size, uri=f"{self.uri}/{key}")
+
+    def put_folder(self, folder: Path) -> Ref:
+        """Store a folder's files, then its listing; the digest is the listing's."""
+        listing = listing_of(folder)
+        digest = digest_of(listing)
+        key = f"folders/{digest}"
+        with self._errors():
+            if not self._exists(f"{key}.json"):
+                for path in listing:
+                    self._client.fput_object(self.bucket, f"{self.prefix}{key}/{path}", str(folder / path))
+                self.write_json(f"{key}.json", listing)
+        size = sum(entry["size"] for entry in listing.values())
+        return Ref(kind="folder", digest=digest, size=size, uri=f"{self.uri}/{key}")
+
+    def get(self, ref: Ref) -> Path:
+        """Return the local path of an object, fetched once into ``SPIN_CACHE`` and verified against its digest.
+
+        Raises:
+            SpinError: the object is missing or is not what its digest says.
+        """
+        target = _cache() / f"{ref.kind}s" / ref.digest
+        if target.exists():
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=target.parent, prefix=".part-"))
+        try:
+            if ref.kind == "file":
+                self._fetch(f"objects/{ref.digest}", part / "file", ref.digest)
+                (part / "file").replace(target)
+            else:
+                listing = self.read_json(f"folders/{ref.digest}.json")
+                if listing is None or digest_of(listing) != ref.digest:
+                    raise SpinError(f"expected the listing of {ref.uri}, got none or another; the store is damaged")
+                for path, entry in listing.items():
+                    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+                        raise SpinError(f"expected plain paths in {ref.uri}, got {path!r}; the store is damaged")
+                    self._fetch(f"folders/{ref.digest}/{path}", part / "folder" / path, entry["digest"])
+                try:
+                    (part / "folder").rename(target)
+                except OSError:
+                    # Another process was faster; its copy is verified too.
+                    if not target.exists():
+                        raise
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        return target
+
+    def _fetch(self, key: str, path: Path, digest: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._errors():
+            try:
+                self._client.fget_object(self.bucket, self.prefix + key, str(path))
+            except S3Error as error:
+                if error.code == "NoSuchKey":
+                    raise SpinError(f"expected the object {self.uri}/{key}, got none; the store is damaged") from None
+                raise
+        if (got := digest_of_file(path)) != digest:
+            raise SpinError(
+                f"expected {self.uri}/{key} with digest {digest[:12]}, got {got[:12]}; the store is damaged"
+            )

@@ -1,0 +1,285 @@
+"""One iteration of self-play: the player learns to tell the winners from its opponent's losers.
+
+Opponent, reference and starting point are one checkpoint. The trainer knows tensors and a model, nothing of stores.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+
+from spin import checkpoint
+from spin.config import TrainConfig
+from spin.data.dataset import Dataset, Latents
+from spin.diffusion import add_noise, alphas_cumprod, denoising_error
+from spin.errors import SpinError
+from spin.losses import Objective, sft_loss, spin_loss
+from spin.models import Model
+from spin.sampling import autocast
+from spin.seeding import generator_of, noise_of, seed_of
+
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+class Diverged(SpinError):
+    """The winner's error climbed past its bound; the last good checkpoint is kept."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of B pairs on the device: latents and noise [B, C, H, W], timestep int64 [B], embeds [B, L, D]."""
+
+    winner: torch.Tensor
+    loser: torch.Tensor | None
+    noise: torch.Tensor
+    timestep: torch.Tensor
+    embeds: torch.Tensor
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Return the rate of 0-based ``step``: linear warm-up, then constant or linear decay to 0 at ``decay_steps``."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.decay_steps is None:
+        return config.learning_rate
+    left = (config.decay_steps - step) / max(1, config.decay_steps - config.warmup_steps)
+    return config.learning_rate * min(1.0, max(0.0, left))
+
+
+def order(ids: Sequence[str], seed: int, iteration: int, start: int, count: int) -> list[tuple[int, int]]:
+    """Return ``count`` (epoch, row) from position ``start`` on: every epoch visits each pair once, in its own order."""
+    places, n, known = [], len(ids), {}
+    for position in range(start, start + count):
+        epoch = position // n
+        if epoch not in known:
+            known = {epoch: torch.randperm(n, generator=generator_of("order", seed, iteration, epoch)).tolist()}
+        places.append((epoch, known[epoch][position % n]))
+    return places
+
+
+class Trainer:
+    """Trains ``model.unet`` in place for one iteration.
+
+    The learning state is (weights, moments, step): the order of pairs, their timesteps and noise follow from the
+    step, so a resumed run equals an uninterrupted one.
+
+    Args:
+        model: the opponent; its denoiser becomes the player.
+        winners: the data set; its train rows are the pairs.
+        losers: the opponent's images of the same prompts; ``None`` for SFT.
+        iteration: 1-based; chooses beta and steps.
+
+    Raises:
+        SpinError: fewer pairs than one batch, or a loser is missing.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        winners: Dataset,
+        losers: Latents | None,
+        config: TrainConfig,
+        iteration: int,
+        precision: str,
+    ):
+        self.model, self.winners, self.losers, self.config, self.iteration = model, winners, losers, config, iteration
+        self.precision = precision
+        self.beta, self.steps = config.of(iteration)
+        if len(winners) < config.batch_size:
+            raise SpinError(
+                f"expected at least one batch of pairs ({config.batch_size}), got {len(winners)} in the data set; "
+                "lower train.batch_size or add images"
+            )
+        if losers is not None and (missing := [id for id in winners.ids if id not in losers]):
+            raise SpinError(
+                f"expected a loser for every pair, got none for {len(missing)}, e.g. {missing[0]}; generate"
+            )
+        self.accelerator = Accelerator(mixed_precision="no", cpu=model.device.type == "cpu")
+        share = config.micro_batch_size * self.accelerator.num_processes
+        if config.batch_size % share:
+            raise SpinError(
+                f"expected train.batch_size to be a multiple of micro_batch_size x processes ({share}), got "
+                f"{config.batch_size}; change one of them"
+            )
+        self.accumulation = config.batch_size // share
+        self.alphas = alphas_cumprod(model.scheduler_config).to(model.device)
+        self._make_players()
+        self.empty = model.embed([""])
+        self.step, self.history, self.drift = 0, [], 0.0
+
+    def _make_players(self) -> None:
+        unet = self.model.unet
+        if self.config.lora_rank:
+            from peft import LoraConfig
+
+            # Adapters start at zero and the frozen weights are the opponent's: with the adapters off, the player is
+            # its own reference, in every iteration, since each one's adapters are merged at its end.
+            torch.manual_seed(seed_of("lora", self.config.seed, self.iteration))
+            unet.add_adapter(
+                LoraConfig(
+                    r=self.config.lora_rank,
+                    lora_alpha=self.config.lora_rank,
+                    target_modules=LORA_TARGETS,
+                    init_lora_weights="gaussian",
+                )
+            )
+            self.reference: UNet2DConditionModel = unet
+        else:
+            self.reference = copy.deepcopy(unet) if self.config.objective == "spin" else unet
+            unet.requires_grad_(True)
+        unet.train()
+        if self.config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        optimizer = torch.optim.AdamW(
+            checkpoint.trained(unet).values(),
+            lr=self.config.learning_rate,
+            weight_decay=self.config.weight_decay,
+            betas=(self.config.adam_beta1, self.config.adam_beta2),
+            eps=self.config.adam_epsilon,
+        )
+        self.player, self.optimizer = self.accelerator.prepare(unet, optimizer)
+
+    def batch(self, places: Sequence[tuple[int, int]]) -> Batch:
+        """Assemble the micro-batch of (epoch, row) ``places``; each pair has one timestep and one noise."""
+        device, ids = self.model.device, [self.winners.ids[row] for _, row in places]
+        name = ("train", self.config.seed, self.iteration)
+        noise = torch.stack(
+            [noise_of(self.winners.latents_shape, *name, epoch, id) for (epoch, _), id in zip(places, ids, strict=True)]
+        )
+        draws = [generator_of("timestep", *name, epoch, id) for (epoch, _), id in zip(places, ids, strict=True)]
+        timestep = torch.cat([torch.randint(len(self.alphas), (1,), generator=draw) for draw in draws])
+        dropped = torch.cat([torch.rand(1, generator=draw) for draw in draws]) < self.config.prompt_dropout
+        prompts = ["" if drop else self.winners.prompts[row] for drop, (_, row) in zip(dropped, places, strict=True)]
+        with autocast(device, self.precision):
+            embeds = self.model.embed(prompts)
+        return Batch(
+            self.winners.winners(ids).to(device),
+            None if self.losers is None else self.losers.of(ids).to(device),
+            noise.to(device),
+            timestep.to(device),
+            embeds,
+        )
+
+    def errors(self, denoiser: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the denoising errors [B] of winners and losers; both go through the denoiser as one batch."""
+        sides = [batch.winner] if batch.loser is None else [batch.winner, batch.loser]
+        n = len(sides)
+        noise, timestep = batch.noise.repeat(n, 1, 1, 1), batch.timestep.repeat(n)
+        noisy = add_noise(torch.cat(sides), noise, timestep, self.alphas)
+        with autocast(self.model.device, self.precision):
+            prediction = denoiser(noisy, timestep, encoder_hidden_states=batch.embeds.repeat(n, 1, 1)).sample
+        error = denoising_error(prediction, noise)
+        winner, loser = error[: len(batch.winner)], error[len(batch.winner) :]
+        return winner, loser if n == 2 else None
+
+    def reference_errors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the reference's errors [B]; its network is the opponent's."""
+        unet = self.accelerator.unwrap_model(self.player)
+        if self.config.lora_rank:
+            unet.disable_adapters()
+        with torch.no_grad():
+            winner, loser = self.errors(self.reference, batch)
+        if self.config.lora_rank:
+            unet.enable_adapters()
+        assert loser is not None
+        return winner, loser
+
+    def objective(self, batch: Batch) -> Objective:
+        """Return the configured objective on a micro-batch."""
+        if self.config.objective == "sft":
+            return sft_loss(self.errors(self.player, batch)[0])
+        reference = self.reference_errors(batch)
+        winner, loser = self.errors(self.player, batch)
+        assert loser is not None
+        return spin_loss(winner, loser, *reference, beta=self.beta)
+
+    def train_step(self) -> dict[str, float]:
+        """Do one optimizer step and return its measures."""
+        config, rank = self.config, self.accelerator.process_index
+        rate = learning_rate(config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        places = order(self.winners.ids, config.seed, self.iteration, self.step * config.batch_size, config.batch_size)
+        mine = places[rank :: self.accelerator.num_processes]
+        sums: dict[str, torch.Tensor] = {}
+        for micro in range(self.accumulation):
+            part = mine[micro * config.micro_batch_size : (micro + 1) * config.micro_batch_size]
+            last = micro == self.accumulation - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.player):
+                objective = self.objective(self.batch(part))
+                self.accelerator.backward(objective.loss / self.accumulation)
+            for name, value in objective.measures.items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value / self.accumulation
+        norm = self.accelerator.clip_grad_norm_(checkpoint.trained(self.player).values(), config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        measures = {name: float(self.accelerator.reduce(value, "mean")) for name, value in sums.items()}
+        self.step += 1
+        return measures | {"grad_norm": float(norm), "learning_rate": rate}
+
+    def watch(self, measures: dict[str, float]) -> None:
+        """Stop a run that ruins real images.
+
+        Raises:
+            Diverged: the loss is not finite, or the smoothed ``winner_drift`` exceeds ``max_winner_drift`` of the
+                reference's error.
+        """
+        if not all(torch.isfinite(torch.tensor(list(measures.values())))):
+            raise Diverged(
+                f"expected finite losses, got {measures['loss']} at step {self.step} of iteration {self.iteration}; "
+                "lower train.learning_rate"
+            )
+        if "winner_drift" in measures:
+            drift = measures["winner_drift"] / measures["reference_error_winner"]
+            self.drift = drift if self.step == 1 else 0.8 * self.drift + 0.2 * drift
+            if self.drift > self.config.max_winner_drift:
+                raise Diverged(
+                    f"expected the winners' error to stay within {self.config.max_winner_drift:.0%} of the opponent's, "
+                    f"got {self.drift:+.1%} at step {self.step} of iteration {self.iteration}; the last good "
+                    "checkpoint is kept: raise train.beta or lower train.learning_rate, under a new run key"
+                )
+
+    def run(
+        self,
+        on_step: Callable[[int, dict[str, float]], None],
+        on_checkpoint: Callable[[Path], None],
+        work: Path,
+        resume_from: Path | None = None,
+    ) -> None:
+        """Train up to the iteration's number of steps.
+
+        Args:
+            on_step: called with the 1-based step and its measures.
+            on_checkpoint: called with a checkpoint folder every ``checkpoint_every`` steps, while the run is healthy.
+            work: scratch folder for checkpoints.
+            resume_from: a checkpoint folder to go on from.
+        """
+        if resume_from is not None:
+            state = checkpoint.load(resume_from, self.accelerator.unwrap_model(self.player), self.optimizer.optimizer)
+            self.step, self.history, self.drift = state["step"], state["history"], state["drift"]
+        started, before = time.monotonic(), self.history[-1]["seconds"] if self.history else 0.0
+        while self.step < self.steps:
+            measures = self.train_step()
+            self.watch(measures)
+            self.history.append({"step": self.step, **measures, "seconds": before + time.monotonic() - started})
+            on_step(self.step, measures)
+            if self.step % self.config.checkpoint_every == 0 and self.step < self.steps:
+                folder = work / f"checkpoint-{self.step:06d}"
+                state = {"step": self.step, "history": self.history, "drift": self.drift}
+                checkpoint.save(folder, self.accelerator.unwrap_model(self.player), self.optimizer.optimizer, state)
+                on_checkpoint(folder)
+
+    def player_unet(self) -> UNet2DConditionModel:
+        """Return the trained denoiser as a plain UNet, adapters merged."""
+        unet: UNet2DConditionModel = self.accelerator.unwrap_model(self.player)
+        if self.config.lora_rank:
+            unet.fuse_lora()
+            unet.unload_lora()
+        return unet
