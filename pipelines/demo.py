@@ -77,7 +77,7 @@ def _demo(folder: Path, params: dict[str, Any]) -> None:
         os.environ["SPIN_CACHE"] = str(folder / "cache")
         values = {
             "run_key": RUN_KEY, "store_uri": "s3://spin", "store_endpoint": servers.s3_endpoint,
-            "tracking_uri": servers.mlflow_uri, "model_name": "spin-emoji", **params,
+            "tracking_uri": servers.mlflow_uri, "model_name": "spin-emoji", "gpu_count": 0, **params,
         }  # fmt: skip
         running = time.monotonic()
         run_local(package, values, folder / "kfp")

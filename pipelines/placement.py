@@ -4,6 +4,7 @@ from typing import Any
 
 from kfp import dsl, kubernetes
 
+ACCELERATOR = "nvidia.com/gpu"
 A100_80GB = {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB"}
 GPU_TAINT = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
 SHARED_MEMORY = "16Gi"
@@ -22,15 +23,19 @@ def with_retries(task: dsl.PipelineTask) -> dsl.PipelineTask:
 
     prepare-data has none: it is where bad input is told, which should be at once and only once.
     """
-    return task.set_retry(num_retries=3, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration="600s")
+    return task.set_retry(num_retries=3, backoff_duration="10s", backoff_factor=2.0, backoff_max_duration="600s")
 
 
 def place_on_gpu(
-    task: dsl.PipelineTask, cpu: str, memory: str, accelerator: Any, count: Any, node_selector: Any, tolerations: Any
+    task: dsl.PipelineTask, cpu: str, memory: str, count: Any, node_selector: Any, tolerations: Any
 ) -> dsl.PipelineTask:
-    """Give a task accelerators on a pool of nodes; the last four may be pipeline parameters."""
+    """Give a task accelerators on a pool of nodes; the last three may be pipeline parameters.
+
+    Inside a loop, ``count`` must also be an argument of the task: the compiler hands over to the loop's body only what
+    the arguments name, and the limit would point at a parameter that is not there.
+    """
     place_on_cpu(task, cpu, memory)
-    task.set_accelerator_type(accelerator).set_accelerator_limit(count)
+    task.set_accelerator_type(ACCELERATOR).set_accelerator_limit(count)
     kubernetes.add_node_selector_json(task, node_selector)
     kubernetes.add_toleration_json(task, tolerations)
     # PyTorch's workers exchange tensors here; the default of 64 MiB ends in bus errors.

@@ -35,7 +35,7 @@ CHOICES = {"preset": ["emoji-cpu", "sd15-paper", "sd15-lora"]}
 """Parameters that the form shows as a dropdown."""
 
 
-@dsl.pipeline(name="spin-iteration", display_name="Self-play iteration")
+@dsl.pipeline(name="spin-iteration", display_name="Iteration")
 def spin_iteration(
     run_key: str,
     iteration: int,
@@ -46,7 +46,6 @@ def spin_iteration(
     tracking_uri: str,
     tracking_secret: str,
     experiment: str,
-    gpu_accelerator: str,
     gpu_count: int,
     gpu_node_selector: dict,
     gpu_tolerations: list,
@@ -59,11 +58,12 @@ def spin_iteration(
         "experiment": experiment,
         "run_key": run_key,
         "iteration": iteration,
+        "accelerators": gpu_count,
     }
 
     def on_gpu(task: dsl.PipelineTask, cpu: str, memory: str) -> dsl.PipelineTask:
         with_tracking(with_store(with_retries(task), store_secret), tracking_secret)
-        return place_on_gpu(task, cpu, memory, gpu_accelerator, gpu_count, gpu_node_selector, gpu_tolerations)
+        return place_on_gpu(task, cpu, memory, gpu_count, gpu_node_selector, gpu_tolerations)
 
     numbers = place_on_cpu(plan(count=shards, first=0), cpu="100m", memory="256Mi").set_display_name("Plan shards")
     with dsl.ParallelFor(numbers.output, name="shards") as shard:
@@ -73,6 +73,44 @@ def spin_iteration(
         spin_train(shards=shards, losers=dsl.Collected(drawn.outputs["losers"]), **place), cpu="8", memory="64Gi"
     ).set_display_name("Train player")
     on_gpu(score_metrics(**place), cpu="4", memory="32Gi").after(trained).set_display_name("Score player")
+
+
+@dsl.pipeline(name="self-play", display_name="Self-play")
+def self_play(
+    run_key: str,
+    iterations: int,
+    shards: int,
+    store_uri: str,
+    store_endpoint: str,
+    store_secret: str,
+    tracking_uri: str,
+    tracking_secret: str,
+    experiment: str,
+    gpu_count: int,
+    gpu_node_selector: dict,
+    gpu_tolerations: list,
+):
+    """The loop over iterations, one after another; a pipeline of its own, so that its inputs are plain parameters.
+
+    kfp.local hands a loop's item to every input of the loop that is another task's output.
+    """
+    numbers = place_on_cpu(plan(count=iterations, first=1), cpu="100m", memory="256Mi")
+    numbers.set_display_name("Plan iterations")
+    with dsl.ParallelFor(numbers.output, parallelism=1, name="iterations") as iteration:
+        spin_iteration(
+            run_key=run_key,
+            iteration=iteration,
+            shards=shards,
+            store_uri=store_uri,
+            store_endpoint=store_endpoint,
+            store_secret=store_secret,
+            tracking_uri=tracking_uri,
+            tracking_secret=tracking_secret,
+            experiment=experiment,
+            gpu_count=gpu_count,
+            gpu_node_selector=gpu_node_selector,
+            gpu_tolerations=gpu_tolerations,
+        )
 
 
 @dsl.pipeline(
@@ -95,7 +133,6 @@ def spin_diffusion(
     store_secret: str = "spin-s3",
     tracking_uri: str = "http://mlflow.mlflow:5000",
     tracking_secret: str = "spin-mlflow",
-    gpu_accelerator: str = "nvidia.com/gpu",
     gpu_count: int = 1,
     gpu_node_selector: dict = A100_80GB,
     gpu_tolerations: list = GPU_TAINT,
@@ -118,8 +155,7 @@ def spin_diffusion(
         store_secret: Kubernetes secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
         tracking_uri: Address of the MLflow server. Empty: no tracking and no registration.
         tracking_secret: Kubernetes secret with MLFLOW_TRACKING_USERNAME and _PASSWORD; may be absent.
-        gpu_accelerator: Resource name of the accelerator.
-        gpu_count: Accelerators per generating, training and scoring pod; 0 runs on the CPU.
+        gpu_count: Accelerators (nvidia.com/gpu) per generating, training and scoring pod; 0 runs on the CPU.
         gpu_node_selector: Labels of the nodes to use; the default asks for A100s with 80 GB.
         gpu_tolerations: Taints to tolerate on those nodes.
     """
@@ -129,12 +165,11 @@ def spin_diffusion(
         "tracking_uri": tracking_uri,
         "experiment": experiment,
     }
-    gpu = {
-        "accelerator": gpu_accelerator,
-        "count": gpu_count,
-        "node_selector": gpu_node_selector,
-        "tolerations": gpu_tolerations,
-    }
+    pool = {"gpu_count": gpu_count, "gpu_node_selector": gpu_node_selector, "gpu_tolerations": gpu_tolerations}
+    secrets = {"store_secret": store_secret, "tracking_secret": tracking_secret}
+
+    def with_secrets(task: dsl.PipelineTask) -> dsl.PipelineTask:
+        return with_tracking(with_store(task, store_secret), tracking_secret)
 
     prepared = prepare_data(
         run_key=run_key,
@@ -146,31 +181,18 @@ def spin_diffusion(
         overrides=overrides,
         **where,
     ).set_display_name("Prepare data")
-    with_tracking(with_store(place_on_gpu(prepared, "4", "32Gi", *gpu.values()), store_secret), tracking_secret)
+    with_secrets(place_on_gpu(prepared, "4", "32Gi", *pool.values()))
     key = prepared.outputs["key"]
 
-    base = score_metrics(run_key=key, iteration=0, **where).set_display_name("Score base")
-    with_tracking(
-        with_store(place_on_gpu(with_retries(base), "4", "32Gi", *gpu.values()), store_secret), tracking_secret
-    )
+    base = score_metrics(run_key=key, iteration=0, accelerators=gpu_count, **where).set_display_name("Score base")
+    with_secrets(with_retries(place_on_gpu(base, "4", "32Gi", *pool.values())))
 
-    numbers = plan(count=iterations, first=1).after(base).set_display_name("Plan iterations")
-    place_on_cpu(numbers, cpu="100m", memory="256Mi")
-    with dsl.ParallelFor(numbers.output, parallelism=1, name="iterations") as iteration:
-        round_ = spin_iteration(
-            run_key=key,
-            iteration=iteration,
-            shards=generate_shards,
-            store_secret=store_secret,
-            tracking_secret=tracking_secret,
-            **where,
-            **{f"gpu_{name}": value for name, value in gpu.items()},
-        )
+    played = self_play(run_key=key, iterations=iterations, shards=generate_shards, **where, **pool, **secrets)
+    played.after(base)
+
     registered = register_model(run_key=key, iterations=iterations, model_name=model_name, **where)
-    registered.after(round_).set_display_name("Register model")
-    with_tracking(
-        with_store(place_on_cpu(with_retries(registered), cpu="1", memory="4Gi"), store_secret), tracking_secret
-    )
+    registered.after(played).set_display_name("Register model")
+    with_secrets(with_retries(place_on_cpu(registered, cpu="1", memory="4Gi")))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ def generate_synthetic(
     iteration: int,
     shard: int,
     shards: int,
+    accelerators: int,
     store_uri: str,
     store_endpoint: str,
     tracking_uri: str,
@@ -24,6 +25,7 @@ def generate_synthetic(
         iteration: Self-play iteration, from 1.
         shard: This shard, from 0.
         shards: Number of shards.
+        accelerators: Accelerators that this task was given; it refuses to start with fewer.
         store_uri: s3://bucket/prefix of runs and objects.
         store_endpoint: Address of the S3 server.
         tracking_uri: Address of the MLflow server.
@@ -35,7 +37,7 @@ def generate_synthetic(
     from spin.stages import Place
     from spin.stages.generate import generate
 
-    place = Place(run_key, store_uri, store_endpoint, tracking_uri, experiment)
+    place = Place(run_key, store_uri, store_endpoint, tracking_uri, experiment, accelerators)
     index = generate(place, iteration, shard, shards)
     losers.metadata.update(index.outputs["losers"].model_dump() | {"images": index.items, "seconds": index.seconds})
     Path(losers.path).write_text(index.model_dump_json())

@@ -9,6 +9,7 @@ from components.settings import RUNTIME_IMAGE
 def score_metrics(
     run_key: str,
     iteration: int,
+    accelerators: int,
     store_uri: str,
     store_endpoint: str,
     tracking_uri: str,
@@ -22,6 +23,7 @@ def score_metrics(
     Args:
         run_key: Name of the run in the store.
         iteration: Self-play iteration; 0 is the base model.
+        accelerators: Accelerators that this task was given; it refuses to start with fewer.
         store_uri: s3://bucket/prefix of runs and objects.
         store_endpoint: Address of the S3 server.
         tracking_uri: Address of the MLflow server.
@@ -35,7 +37,7 @@ def score_metrics(
     from spin.stages import Place
     from spin.stages.score import score
 
-    scored = score(Place(run_key, store_uri, store_endpoint, tracking_uri, experiment), iteration)
+    scored = score(Place(run_key, store_uri, store_endpoint, tracking_uri, experiment, accelerators), iteration)
     for name, estimate in scored.index.facts["metrics"]["test"].items():
         metrics.log_metric(name, estimate["value"])
     Path(contact_sheet.path).write_text(scored.html)

@@ -10,6 +10,7 @@ def spin_train(
     run_key: str,
     iteration: int,
     shards: int,
+    accelerators: int,
     store_uri: str,
     store_endpoint: str,
     tracking_uri: str,
@@ -24,6 +25,7 @@ def spin_train(
         run_key: Name of the run in the store.
         iteration: Self-play iteration, from 1.
         shards: Number of shards that the losers were drawn in.
+        accelerators: Accelerators that this task was given; it refuses to start with fewer.
         store_uri: s3://bucket/prefix of runs and objects.
         store_endpoint: Address of the S3 server.
         tracking_uri: Address of the MLflow server.
@@ -37,7 +39,7 @@ def spin_train(
     from spin.stages import Place
     from spin.stages.train import train
 
-    place = Place(run_key, store_uri, store_endpoint, tracking_uri, experiment)
+    place = Place(run_key, store_uri, store_endpoint, tracking_uri, experiment, accelerators)
     index = train(place, iteration, shards)
     model.metadata.update(index.outputs["model"].model_dump() | {"iteration": iteration})
     Path(model.path).write_text(index.model_dump_json())

@@ -4,6 +4,7 @@ import logging
 import sys
 from dataclasses import dataclass
 
+from spin.errors import SpinError
 from spin.run import Run
 from spin.store import Store
 
@@ -19,6 +20,8 @@ class Place:
     store_endpoint: str
     tracking_uri: str = ""
     experiment: str = "spin-diffusion"
+    accelerators: int = 0
+    """Accelerators that this process was promised; 0: whatever there is."""
 
     def open(self) -> Run:
         """Return the run; the store is checked first, so that bad keys cost nothing."""
@@ -28,6 +31,14 @@ class Place:
             logger.addHandler(handler)
             logger.setLevel(logging.INFO)
             logger.propagate = False
+        if self.accelerators:
+            import torch
+
+            if (seen := torch.accelerator.device_count()) < self.accelerators:
+                raise SpinError(
+                    f"expected {self.accelerators} accelerator(s), got {seen}; check gpu_count and the image, or set "
+                    "gpu_count to 0 to run on the CPU"
+                )
         store = Store(self.store_uri, self.store_endpoint)
         run = Run(store, self.run_key)
         store.check()
