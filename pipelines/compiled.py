@@ -68,7 +68,7 @@ def check_parameters(package: Path, params: Mapping[str, Any]) -> None:
             raise SpinError(f"expected {kind} for parameter {name!r}, got {value!r}; change it in the parameters")
         if (choices := known[name].get("literals")) and value not in choices:
             raise SpinError(f"expected {name} to be one of {', '.join(choices)}, got {value!r}; choose one")
-    full = {name: value.get("defaultValue") for name, value in known.items()} | dict(params)
+    full: dict[str, Any] = {name: value.get("defaultValue") for name, value in known.items()} | dict(params)
     for name in ("iterations", "generate_shards"):
         if full[name] < 1:
             raise SpinError(f"expected {name} of at least 1, got {full[name]}; raise it")

@@ -112,7 +112,8 @@ class Trainer:
         self.alphas = alphas_cumprod(model.scheduler_config).to(model.device)
         self._make_players()
         self.empty = model.embed([""])
-        self.step, self.history, self.drift = 0, [], 0.0
+        self.step, self.drift = 0, 0.0
+        self.history: list[dict[str, float]] = []
 
     def _make_players(self) -> None:
         unet = self.model.unet

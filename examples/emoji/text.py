@@ -9,6 +9,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from examples.emoji.world import STYLES, Picture
 
 LENGTH = 12
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,-"
 
 
 def style_prompt(prompt: str, style: str) -> str:
@@ -24,16 +25,14 @@ def new_tokenizer(rows: list[Picture]) -> CLIPTokenizer:
         min_frequency=1,
         end_of_word_suffix="</w>",
         show_progress=False,
-        initial_alphabet=list("abcdefghijklmnopqrstuvwxyz0123456789,-"),
+        initial_alphabet=list(LETTERS),
     )
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     bpe.train_from_iterator([*prompts, *(style_prompt("a", style) for style in STYLES)], trainer)
     model = json.loads(bpe.to_str())["model"]
     merges = [tuple(m) if not isinstance(m, str) else tuple(m.split(" ")) for m in model["merges"]]
-    pieces = {piece for piece in model["vocab"]}
-    single = [c for c in "abcdefghijklmnopqrstuvwxyz0123456789,-"]
-    pieces |= {c for c in single} | {c + "</w>" for c in single}
+    pieces = {*model["vocab"], *LETTERS, *(letter + "</w>" for letter in LETTERS)}
     vocab = {piece: i for i, piece in enumerate(sorted(pieces))}
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocab[special] = len(vocab)

@@ -1,6 +1,7 @@
 """register-model: a registry version per iteration, the alias ``challenger`` on the best one, the run closed."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from spin import tracking
 from spin.config import RunConfig
@@ -44,7 +45,7 @@ def register(place: Place, model_name: str, iterations: int) -> Index:
         for k in range(1, iterations + 1)
     ]
     best = max(candidates, key=lambda candidate: candidate.validation)
-    inputs = {
+    inputs: dict[str, Any] = {
         "model_name": model_name,
         "players": [c.training.outputs["model"].digest for c in candidates],
         "scores": [c.scores.outputs["scores"].digest for c in candidates],
@@ -62,7 +63,7 @@ def _register(
     prepared: Index,
     candidates: list[Candidate],
     best: Candidate,
-    inputs: dict[str, object],
+    inputs: dict[str, Any],
     clock: Clock,
 ) -> Index:
     name = str(inputs["model_name"])
