@@ -15,20 +15,25 @@ sys.path[0] = str(ROOT)
 
 import json  # noqa: E402
 import os  # noqa: E402
+import re  # noqa: E402
 import shutil  # noqa: E402
+import signal  # noqa: E402
+import subprocess  # noqa: E402
 import time  # noqa: E402
 from typing import Annotated, Any  # noqa: E402
 
 import typer  # noqa: E402
+import yaml  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from pipelines.compiled import check_parameters, compile_pipeline, read_parameters  # noqa: E402
 from pipelines.laptop import Laptop, laptop  # noqa: E402
-from pipelines.local import run_local  # noqa: E402
 from spin.errors import SpinError  # noqa: E402
 
 RUN_KEY = "demo"
+STAGE_LINE = re.compile(r"\d\d:\d\d:\d\d \S")
+FAULT = "spin.errors.SpinError: "
 console = Console(highlight=False)
 
 
@@ -42,6 +47,8 @@ def main(
     port: Annotated[int, typer.Option(help="Port of the MLflow UI.")] = 5000,
 ) -> None:
     """Self-play on OpenMoji with the embedded base: two iterations in a few minutes on two CPU cores."""
+    # A terminated demo stops what it has started, as an interrupted one does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if ui:
             _serve(folder, port)
@@ -80,13 +87,46 @@ def _demo(folder: Path, params: dict[str, Any]) -> None:
             "tracking_uri": servers.mlflow_uri, "model_name": "spin-emoji", "gpu_count": 0, **params,
         }  # fmt: skip
         running = time.monotonic()
-        run_local(package, values, folder / "kfp")
+        _run(values, folder)
         summary = _summary(folder, servers, values, time.monotonic() - running)
     summary["seconds"]["total"] = round(time.monotonic() - started, 1)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    # KFP's copies of the indexes; the store has the originals.
-    shutil.rmtree(folder / "kfp", ignore_errors=True)
     _show(folder, summary)
+
+
+def _run(values: dict[str, Any], folder: Path) -> None:
+    """Run ``pipelines/spin.py --local`` on the compiled file; show the stages' own lines, keep everything in a log.
+
+    Raises:
+        SpinError: a task failed; the stage's own message, where it has one.
+    """
+    params, log = folder / "params.yaml", folder / "pipeline.log"
+    params.write_text(yaml.safe_dump(values))
+    command = [sys.executable, str(ROOT / "pipelines" / "spin.py"), "--local", "--params", str(params)]
+    command += ["--output", str(folder / "spin-diffusion.yaml")]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    reason = ""
+    with (
+        log.open("w") as kept,
+        subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                kept.write(line)
+                if STAGE_LINE.match(line):
+                    console.print(line.rstrip(), markup=False)
+                elif line.startswith(FAULT):
+                    reason = line.removeprefix(FAULT).strip()
+        except BaseException:
+            process.terminate()
+            raise
+    if process.returncode:
+        raise SpinError(reason or f"expected the pipeline to finish, got a failed task; see {log}")
+    # KFP's copies of the indexes; the store has the originals.
+    shutil.rmtree(folder / "local", ignore_errors=True)
 
 
 def _summary(folder: Path, servers: Laptop, values: dict[str, Any], pipeline_seconds: float) -> dict[str, Any]:

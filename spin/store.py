@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import urllib3
 from minio import Minio
@@ -29,6 +28,8 @@ from minio.error import InvalidResponseError, S3Error, ServerError
 from pydantic import BaseModel, ConfigDict
 
 from spin.errors import SpinError
+
+ENDPOINT = re.compile(r"(?P<scheme>(?i:https?))://(?P<host>(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>\d{1,5}))?)/?")
 
 
 class Ref(BaseModel):
@@ -87,8 +88,8 @@ class Store:
         match = re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/([\w.=-]+(?:/[\w.=-]+)*))?/?", uri)
         if not match or ".." in uri:
             raise SpinError(f"expected a store uri like s3://bucket/prefix, got {uri!r}; set store_uri")
-        address = urlsplit(endpoint)
-        if address.scheme not in ("http", "https") or not address.hostname or address.path.strip("/"):
+        address = ENDPOINT.fullmatch(endpoint)
+        if not address or int(address["port"] or 0) > 65535:
             raise SpinError(f"expected an S3 endpoint like http://host:9000, got {endpoint!r}; set store_endpoint")
         keys = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
         if not all(keys):
@@ -99,10 +100,10 @@ class Store:
         self.uri, self.endpoint = uri.rstrip("/"), endpoint
         self.bucket, self.prefix = match[1], f"{match[2]}/" if match[2] else ""
         self._client = Minio(
-            address.netloc,
+            address["host"],
             access_key=keys[0],
             secret_key=keys[1],
-            secure=address.scheme == "https",
+            secure=address["scheme"].lower() == "https",
             region=os.environ.get("AWS_DEFAULT_REGION", "us-east-1"),
             http_client=urllib3.PoolManager(
                 timeout=urllib3.Timeout(connect=10, read=120),
@@ -133,6 +134,9 @@ class Store:
             raise SpinError(
                 f"expected an S3 server, got {type(error).__name__} {where}; check store_endpoint and the network"
             ) from None
+        except ValueError as error:
+            # The client's own check of names, before anything is sent.
+            raise SpinError(f"expected names that S3 allows, got {self.uri!r} ({error}); set store_uri") from None
 
     def check(self) -> None:
         """Make sure that the bucket exists and that the keys may read it."""
@@ -162,6 +166,10 @@ class Store:
                 raise
             try:
                 return json.loads(response.read())
+            except ValueError:
+                raise SpinError(
+                    f"expected JSON at {self.uri}/{key}, got something else; the store is damaged"
+                ) from None
             finally:
                 response.close()
                 response.release_conn()

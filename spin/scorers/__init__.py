@@ -1,10 +1,14 @@
 """Scorers: images and prompts in, one float32 per image out."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from PIL import Image
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+PRIMARY = "clip_score"
+"""The score that decides wins and picks the challenger."""
 
 
 class Scorer(Protocol):
@@ -12,6 +16,6 @@ class Scorer(Protocol):
 
     name: str
 
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
+    def score(self, images: "Sequence[Image.Image]", prompts: Sequence[str]) -> "torch.Tensor":
         """Return float32 [len(images)] on the CPU; ``images[i]`` was drawn for ``prompts[i]``."""
         ...

@@ -7,8 +7,8 @@ from spin import tracking
 from spin.config import RunConfig
 from spin.errors import SpinError
 from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iteration
+from spin.scorers import PRIMARY
 from spin.stages import Place, logger
-from spin.stages.score import PRIMARY
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from spin.emoji import Split
 from spin.errors import SpinError
 from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iteration
 from spin.sampling import batches, decode, fast_precision, sample_latents
-from spin.scorers import Scorer
+from spin.scorers import PRIMARY, Scorer
 from spin.scorers.clip import Clip, ClipScore, StyleShare
 from spin.seeding import noise_of
 from spin.stages import Place, logger
@@ -27,8 +27,6 @@ from spin.stats import Estimate, bootstrap, per_prompt, wins
 from spin.store import Ref
 
 SPLITS: tuple[Split, ...] = ("validation", "test")
-PRIMARY = "clip_score"
-"""The score that decides wins and picks the challenger."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,8 @@ def score(place: Place, iteration: int) -> Scored:
     sheet = run.store.get(index.outputs["sheet"])
     result = Scored(index, report.html(run.key, rows, sheet), report.markdown(run.key, rows))
     with tracking.stage(place, stage, iteration) as log:
-        log.index(index)
         log.report(result.html, sheet, iteration)
+        log.index(index)
     return result
 
 

@@ -55,9 +55,9 @@ def train(place: Place, iteration: int, shards: int = 1) -> Index:
     with tracking.stage(place, stage, iteration, system_metrics=index is None) as log:
         if index is None:
             index = _train(run, config, iteration, stage, opponent, dataset, losers, inputs, clock, log)
-        log.index(index)
         history = run.store.get(index.outputs["history"]).read_text().splitlines()
         log.curves([json.loads(line) for line in history])
+        log.index(index)
     return index
 
 
