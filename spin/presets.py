@@ -16,7 +16,7 @@ def emoji_cpu() -> RunConfig:
             steps=(60,),
             batch_size=32,
             micro_batch_size=32,
-            learning_rate=3e-5,
+            learning_rate=2e-5,
             warmup_steps=5,
             decay_steps=None,
             checkpoint_every=20,
