@@ -29,19 +29,43 @@ def compile_pipeline(pipeline: Callable[..., Any], choices: Mapping[str, Sequenc
     Args:
         choices: parameters with a fixed set of values; the server checks them and the UI shows a dropdown. The SDK
             cannot express this yet (kubeflow/pipelines#12601), the pipeline specification of KFP 2.17 can.
+
+    Raises:
+        SpinError: ``output`` cannot be written.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".compile-") as scratch:
-        package = Path(scratch) / "pipeline.yaml"
-        compiler.Compiler().compile(pipeline, str(package))
-        header = "".join(line for line in package.read_text().splitlines(keepends=True) if line.startswith("#"))
-        documents = list(yaml.safe_load_all(package.read_text()))
-        for name, values in choices.items():
-            documents[0]["root"]["inputDefinitions"]["parameters"][name]["literals"] = list(values)
-        json_format.ParseDict(documents[0], pipeline_spec_pb2.PipelineSpec())
-        package.write_text(header + yaml.safe_dump_all(documents, sort_keys=True))
-        package.replace(output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".compile-") as scratch:
+            package = Path(scratch) / "pipeline.yaml"
+            compiler.Compiler().compile(pipeline, str(package))
+            text = package.read_text()
+            # Name and description. The inputs that follow show mappings in an order that differs from run to run.
+            header = text[: text.index("# Inputs:\n")]
+            documents = list(yaml.safe_load_all(text))
+            for name, values in choices.items():
+                documents[0]["root"]["inputDefinitions"]["parameters"][name]["literals"] = list(values)
+            _declare_settings_as_text(documents[0])
+            json_format.ParseDict(documents[0], pipeline_spec_pb2.PipelineSpec())
+            package.write_text(header + yaml.safe_dump_all(documents, sort_keys=True))
+            package.replace(output)
+    except OSError as error:
+        raise SpinError(f"expected a file to write to, got {output} ({error.strerror}); change --output") from None
     return output
+
+
+def _declare_settings_as_text(spec: dict[str, Any]) -> None:
+    """Make the server hand over as text what a task's resources take from parameters, such as the accelerator limit.
+
+    Its driver reads nothing but text there and takes a number for "not set", without a word. Numbers become text on
+    their way into an input that is declared as text; the compiler passes these inputs on but does not declare them.
+    """
+    components = spec["components"]
+    for dag in (part["dag"] for part in (spec["root"], *components.values()) if "dag" in part):
+        for task in dag["tasks"].values():
+            component = components[task["componentRef"]["name"]]
+            for name in task.get("inputs", {}).get("parameters", {}):
+                if "executorLabel" in component and name.startswith("pipelinechannel--"):
+                    component["inputDefinitions"]["parameters"][name] = {"parameterType": "STRING"}
 
 
 def parameters_of(package: Path) -> dict[str, dict[str, Any]]:
@@ -60,7 +84,7 @@ def check_parameters(package: Path, params: Mapping[str, Any]) -> None:
     known = parameters_of(package)
     for name, value in params.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
             raise SpinError(f"expected a pipeline parameter, got {name!r}; {hint}")
         kind = known[name]["parameterType"]
@@ -69,10 +93,10 @@ def check_parameters(package: Path, params: Mapping[str, Any]) -> None:
         if (choices := known[name].get("literals")) and value not in choices:
             raise SpinError(f"expected {name} to be one of {', '.join(choices)}, got {value!r}; choose one")
     full: dict[str, Any] = {name: value.get("defaultValue") for name, value in known.items()} | dict(params)
-    for name in ("iterations", "generate_shards"):
-        if full[name] < 1:
-            raise SpinError(f"expected {name} of at least 1, got {full[name]}; raise it")
-    from spin.stages.prepare import resolve
+    for name, least in (("iterations", 1), ("generate_shards", 1), ("gpu_count", 0)):
+        if full[name] < least:
+            raise SpinError(f"expected {name} of at least {least}, got {full[name]}; raise it")
+    from spin.presets import resolve
 
     resolve(full["preset"], full["base_model"], full["data_source"], full["overrides"])
 
@@ -80,11 +104,16 @@ def check_parameters(package: Path, params: Mapping[str, Any]) -> None:
 def read_parameters(path: Path) -> dict[str, Any]:
     """Return the parameters in a YAML file (a mapping of names to values)."""
     try:
-        params = yaml.safe_load(path.read_text()) or {}
+        params = yaml.safe_load(path.read_bytes())
     except OSError as error:
         raise SpinError(f"expected a parameter file, got {path} ({error.strerror}); check --params") from None
+    except yaml.MarkedYAMLError as error:
+        line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
+        raise SpinError(f"expected YAML in {path}, got {error.problem}{line}; mend the file") from None
     except yaml.YAMLError as error:
         raise SpinError(f"expected YAML in {path}, got {str(error).splitlines()[0]}; mend the file") from None
+    if params is None:
+        return {}
     if not isinstance(params, dict):
         raise SpinError(f"expected a mapping of parameters in {path}, got {type(params).__name__}; use 'name: value'")
     return params

@@ -34,7 +34,8 @@ from spin.errors import SpinError  # noqa: E402
 RUN_KEY = "demo"
 STAGE_LINE = re.compile(r"\d\d:\d\d:\d\d \S")
 FAULT = "spin.errors.SpinError: "
-console = Console(highlight=False)
+# Logs and pipes are as wide as the table needs.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def main(
@@ -117,7 +118,7 @@ def _run(values: dict[str, Any], folder: Path) -> None:
             for line in process.stdout:
                 kept.write(line)
                 if STAGE_LINE.match(line):
-                    console.print(line.rstrip(), markup=False)
+                    console.print(line.rstrip(), markup=False, soft_wrap=True)
                 elif line.startswith(FAULT):
                     reason = line.removeprefix(FAULT).strip()
         except BaseException:
@@ -182,7 +183,7 @@ def _show(folder: Path, summary: dict[str, Any]) -> None:
     last = summary["iterations"][-1]["metrics"]["test"]
     table = Table(title="Held-out test prompts (95 % bootstrap intervals)", title_justify="left")
     for title in ("model", *(TITLES.get(name, name) for name in last)):
-        table.add_column(title)
+        table.add_column(title, no_wrap=True)
     for row in summary["iterations"]:
         metrics = row["metrics"]["test"]
         table.add_row(row_name(row["iteration"]), *(cell(name, metrics.get(name)) for name in last))

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,5 +40,7 @@ def run_local(package: Path, params: Mapping[str, Any], root: Path) -> None:
     try:
         pipeline(**params)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        # KFP colours its messages.
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines() or [type(error).__name__]
+        reason = lines[-1].rstrip(".")
         raise SpinError(f"expected the pipeline to finish, got a failed task ({reason}); its output is above") from None

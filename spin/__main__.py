@@ -30,8 +30,10 @@ def _overrides(value: str) -> dict[str, object]:
     try:
         text = Path(value[1:]).read_text() if value.startswith("@") else value
         parsed = yaml.safe_load(text) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise SpinError(f"expected overrides as YAML, JSON or @FILE, got {value!r} ({type(error).__name__})") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SpinError(
+            f"expected overrides as YAML, JSON or @FILE, got {value!r} ({type(error).__name__}); correct it"
+        ) from None
     if not isinstance(parsed, dict):
         raise SpinError(f"expected overrides as a mapping, got {value!r}; e.g. '{{train: {{beta: [3000]}}}}'")
     return parsed
@@ -111,7 +113,12 @@ def score(
 
     scored = stage(Place(run_key, store_uri, store_endpoint, tracking_uri, experiment), iteration)
     if report:
-        report.write_text(scored.html)
+        try:
+            report.write_text(scored.html)
+        except OSError as error:
+            raise SpinError(
+                f"expected to write the report, got {error.strerror} ({report}); name another file"
+            ) from None
     typer.echo(scored.markdown)
 
 

@@ -60,10 +60,10 @@ class TrainConfig(_Config):
 
     objective: Literal["spin", "sft"] = "spin"
     """``spin``: logistic SPIN, Eq. 3.9; ``sft``: denoising loss on the winners alone."""
-    beta: tuple[PositiveFloat, ...] = (2000.0, 5000.0)
+    beta: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (2000.0, 5000.0)
     """Strength per iteration, the last one repeated. It multiplies 1/2 of the difference of the *mean*-reduced
     (over C, H, W) errors: see ``spin.losses.spin_loss``."""
-    steps: tuple[Positive, ...] = (50, 500, 300)
+    steps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (50, 500, 300)
     """Optimizer steps per iteration, the last one repeated."""
     batch_size: Positive = 2048
     """Pairs per optimizer step, over all processes and micro-batches."""
@@ -82,7 +82,8 @@ class TrainConfig(_Config):
     lora_rank: Annotated[int, Field(ge=0)] = 0
     """0 trains the whole denoiser; above 0, adapters of this rank that are merged at the end of the iteration."""
     mixed_precision: Literal["no", "bf16"] = "bf16"
-    """Compute type of the denoiser; weights and errors stay float32."""
+    """Compute type of the denoiser, ``bf16`` where the hardware multiplies it natively; weights and errors stay
+    float32."""
     gradient_checkpointing: bool = False
     prompt_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of pairs trained with the empty prompt (Diffusion-DPO uses 0.2)."""

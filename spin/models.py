@@ -136,6 +136,16 @@ def find(name: str) -> Path:
         ) from None
 
 
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise SpinError(f"expected a JSON object in {path}, got something else; export the pipeline again")
+    return value
+
+
 def check(folder: Path) -> None:
     """Refuse a folder that is no Stable-Diffusion-format pipeline or that holds pickled weights.
 
@@ -145,12 +155,9 @@ def check(folder: Path) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
         raise SpinError(f"expected a diffusers pipeline folder with model_index.json, got {folder}; check base_model")
-    try:
-        parts = json.loads(index.read_text())
-    except ValueError:
-        raise SpinError(f"expected JSON in {index}, got something else; export the pipeline again") from None
+    parts = _json_object(index)
     for part, wanted in PARTS.items():
-        entry = parts.get(part) if isinstance(parts, dict) else None
+        entry = parts.get(part)
         got = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if got not in (wanted, f"{wanted}Fast"):
             raise SpinError(f"expected {part} of class {wanted} in {index}, got {got}; SD-1.x pipelines are supported")
@@ -168,25 +175,45 @@ def check(folder: Path) -> None:
             raise SpinError(f"expected *.safetensors in {folder / part}, got none; export the pipeline as safetensors")
 
 
+def complete(loaded: tuple[Any, dict[str, Any]]) -> Any:
+    """Return the model of ``from_pretrained(..., output_loading_info=True)``.
+
+    Raises:
+        ValueError: a weight is missing; the libraries would draw it at random.
+    """
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{len(missing)} weights of {type(model).__name__} are missing, e.g. {missing[0]}")
+    return model
+
+
+def worded(tokenizer: CLIPTokenizer) -> CLIPTokenizer:
+    """Return ``tokenizer``.
+
+    Raises:
+        ValueError: it has no words; ``transformers`` makes such a one of a folder without vocabulary.
+    """
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError("the tokenizer has no vocabulary")
+    return tokenizer
+
+
 def load(folder: Path, device: torch.device | None = None) -> Model:
     """Load a checked pipeline folder in float32, frozen, in evaluation mode."""
     check(folder)
     device = device or best_device()
-    options: dict[str, Any] = {"torch_dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", **options)
-        vae = AutoencoderKL.from_pretrained(folder / "vae", **options)
-        text = CLIPTextModel.from_pretrained(
-            folder / "text_encoder", dtype=torch.float32, use_safetensors=True, local_files_only=True
-        )
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        unet = complete(UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32, **options))
+        vae = complete(AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, **options))
+        text = complete(CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32, **options))
+        tokenizer = worded(CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True))
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SpinError(f"expected a loadable diffusers pipeline, got {folder} ({reason}); export it again") from None
     for part in (unet, vae, text):
         part.to(device).requires_grad_(False).eval()
-    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    return Model(unet, vae, text, tokenizer, config)
+    return Model(unet, vae, text, tokenizer, _json_object(folder / "scheduler" / "scheduler_config.json"))
 
 
 def export(opponent: Path, unet: UNet2DConditionModel, target: Path) -> None:

@@ -1,6 +1,8 @@
 """Named full configurations; ``preset`` in the KFP form is one of ``PRESETS``."""
 
-from spin.config import DataConfig, GenerateConfig, RunConfig, ScoreConfig, TrainConfig, nearest
+from typing import Any
+
+from spin.config import DataConfig, GenerateConfig, RunConfig, ScoreConfig, TrainConfig, nearest, override
 from spin.errors import SpinError
 
 
@@ -65,3 +67,14 @@ def preset(name: str) -> RunConfig:
     if name not in PRESETS:
         raise SpinError(f"expected a preset, got {name!r}; {nearest(name, list(PRESETS))}")
     return PRESETS[name]()
+
+
+def resolve(name: str, base_model: str, data_source: str, overrides: dict[str, Any]) -> RunConfig:
+    """Return the run's config: a preset, then the named options, then the overrides."""
+    config = preset(name)
+    named_options: dict[str, Any] = {}
+    if base_model:
+        named_options["base_model"] = base_model
+    if data_source:
+        named_options["data"] = {"source": data_source}
+    return override(override(config, named_options), overrides)

@@ -4,11 +4,14 @@ import base64
 import html as escaping
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw
 
-from spin.data.dataset import HeldOut
 from spin.run import Index
+
+if TYPE_CHECKING:
+    from spin.data.dataset import HeldOut
 
 TITLES = {"clip_score": "CLIP score", "style_share": "Style share", "win_rate": "Win rate over base"}
 MARGIN = 4
@@ -18,9 +21,9 @@ def row_name(iteration: int) -> str:
     return "base" if iteration == 0 else f"iteration {iteration}"
 
 
-def contact_sheet(iterations: Sequence[Mapping[str, Image.Image]], prompts: Sequence[HeldOut]) -> Image.Image:
+def contact_sheet(iterations: Sequence[Mapping[str, Image.Image]], prompts: "Sequence[HeldOut]") -> Image.Image:
     """Return one row per iteration (same prompts, same seeds) and the real images as the last row."""
-    side = max(64, min(128, prompts[0].image.width))
+    side = max(96, min(160, prompts[0].image.width))
     label = 84
     rows = [(row_name(k), [images[p.id] for p in prompts]) for k, images in enumerate(iterations)]
     rows.append(("real", [p.image for p in prompts]))

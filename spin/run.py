@@ -15,15 +15,16 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 import spin
 from spin.config import RunConfig
 from spin.errors import SpinError
 from spin.store import Ref, Store, digest_of
 
+Parsed = TypeVar("Parsed", bound=BaseModel)
 RUN_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -109,35 +110,56 @@ class Run:
     def _path(self, stage: str) -> str:
         return f"runs/{self.key}/{stage}.json"
 
-    def begin(self, config: RunConfig) -> None:
-        """Write the config of a new run, or make sure that an existing run has the same one.
+    def _parsed(self, model: type[Parsed], stage: str, value: Any) -> Parsed:
+        try:
+            return model.model_validate(value)
+        except ValidationError as error:
+            where = ".".join(str(part) for part in error.errors()[0]["loc"])
+            raise SpinError(
+                f"expected {self._path(stage)} as spin {spin.__version__} writes it, got another {where or 'form'} "
+                f"({self.store.uri}); use the version that wrote it, or choose another run key"
+            ) from None
+
+    def began(self, config: RunConfig) -> bool:
+        """Return whether the run has begun already, with this config.
 
         Raises:
-            SpinError: the run exists with another config; the first differences are named.
+            SpinError: it began with another one; the first differences are named.
         """
-        new = config.model_dump(mode="json")
         known = self.store.read_json(self._path("run"))
         if known is None:
-            self.store.write_json(self._path("run"), {"config": new})
-        elif changes := _changes(known["config"], new):
+            return False
+        if changes := _changes(known["config"], config.model_dump(mode="json")):
             raise SpinError(
                 f"expected the config that run {self.key!r} began with, got {'; '.join(changes[:3])}; choose another "
                 "run key, or the old options to resume"
             )
+        return True
+
+    def begin(self, config: RunConfig) -> None:
+        """Write the config of a new run, or make sure that an existing run has the same one.
+
+        Only a config that has proven good may begin a run: it can never be changed.
+
+        Raises:
+            SpinError: as ``began``.
+        """
+        if not self.began(config):
+            self.store.write_json(self._path("run"), {"config": config.model_dump(mode="json")})
 
     def config(self) -> RunConfig:
         """Return the run's config, as written by prepare-data."""
         known = self.store.read_json(self._path("run"))
         if known is None:
             raise SpinError(f"expected a prepared run, got no run {self.key!r} in {self.store.uri}; prepare it first")
-        return RunConfig.model_validate(known["config"])
+        return self._parsed(RunConfig, "run", known["config"])
 
     def find(self, stage: str, inputs: dict[str, Any] | None = None) -> Index | None:
         """Return the index of a finished stage; with ``inputs``, only if it was made from exactly those."""
         found = self.store.read_json(self._path(stage))
         if found is None:
             return None
-        index = Index.model_validate(found)
+        index = self._parsed(Index, stage, found)
         return index if inputs is None or digest_of(index.inputs) == digest_of(inputs) else None
 
     def need(self, stage: str, for_what: str) -> Index:
@@ -175,8 +197,19 @@ def whole_iteration(value: float, lowest: int) -> int:
     Raises:
         SpinError: it is below ``lowest`` or no whole number.
     """
-    if value != int(value) or value < lowest:
+    if not value >= lowest or value % 1:  # so that neither NaN nor infinity passes
         raise SpinError(f"expected an iteration number of at least {lowest}, got {value}; iterations count from 1")
+    return int(value)
+
+
+def whole_shards(value: float) -> int:
+    """Return ``value`` as a number of shards.
+
+    Raises:
+        SpinError: it is below 1 or no whole number.
+    """
+    if not value >= 1 or value % 1:
+        raise SpinError(f"expected at least 1 shard, got {value}; use the number that the losers are drawn in")
     return int(value)
 
 

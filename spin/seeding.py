@@ -17,7 +17,11 @@ def seed_of(*name: str | int) -> int:
 
 
 def generator_of(*name: str | int) -> torch.Generator:
-    """Return a CPU generator seeded by ``name``; CPU, so that an accelerator draws the same numbers."""
+    """Return a CPU generator seeded by ``name``; CPU, so that an accelerator draws the same numbers.
+
+    torch's CPU generator uses the low 32 bits of its seed. So among n names about n^2 / 2^33 pairs draw the same
+    numbers: some hundred in a million, of different prompts, which biases nothing.
+    """
     return torch.Generator().manual_seed(seed_of(*name))
 
 

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,14 @@ from spin.config import RunConfig
 from spin.errors import SpinError
 from spin.run import Index
 from spin.stages import Place, logger
-from spin.store import digest_of
+from spin.store import digest_of, digest_of_file
 
 SECONDS_BETWEEN_FLUSHES = 3.0
 SECONDS_BEFORE_RETRY = 20.0
+# A server that hangs may take this share of a stage's time.
+LARGEST_SHARE = 0.1
 RUN_KEY, STAGE, ITERATION, INDEX = "spin.run_key", "spin.stage", "spin.iteration", "spin.index_digest"
+FAILURE = "spin.failure"
 PARENT = "pipeline"
 
 
@@ -75,19 +79,22 @@ class StageLog:
         self.injected = os.environ.get("MLFLOW_RUN_ID", "")
         self.run_id = self.parent_id = ""
         self.known_index = ""
+        self._parent_tags: Mapping[str, str] = {}
         self._client: Any = None
         self._backlog: list[Callable[[], None]] = []
         self._points: list[tuple[int, int, dict[str, float]]] = []
         self._sent: set[int] = set()
         self._away_until = self._flushed = 0.0
         self._status = "FINISHED"
+        self._failed_before = False
         self.warned = False
 
     def _connect(self) -> None:
         if self._client is None:
             client = _client(self.place.tracking_uri)
             experiment = _experiment(client, self.place.experiment)
-            self.parent_id = _parent(client, self.place, experiment).info.run_id
+            parent = _parent(client, self.place, experiment)
+            self.parent_id, self._parent_tags = parent.info.run_id, parent.data.tags
             tags = {ITERATION: str(self.iteration), "mlflow.parentRunId": self.parent_id}
             if self.injected:
                 run = client.get_run(self.injected)
@@ -96,6 +103,7 @@ class StageLog:
             else:
                 run = _find_or_create(client, self.place, experiment, self.stage, tags)
             self.known_index = run.data.tags.get(INDEX, "")
+            self._failed_before = FAILURE in run.data.tags
             self.run_id = run.info.run_id
             if not self.injected and run.info.status != "RUNNING" and not self.known_index:
                 client.update_run(self.run_id, status="RUNNING")
@@ -110,6 +118,7 @@ class StageLog:
             return True
         if not force and time.monotonic() < self._away_until:
             return False
+        started = time.monotonic()
         try:
             self._connect()
             while self._backlog:
@@ -117,7 +126,8 @@ class StageLog:
                 self._backlog.pop(0)
         except Exception as error:
             # Whatever MLflow raises, training goes on.
-            self._away_until = time.monotonic() + SECONDS_BEFORE_RETRY
+            now = time.monotonic()
+            self._away_until = now + max(SECONDS_BEFORE_RETRY, (now - started) / LARGEST_SHARE)
             if not self.warned:
                 reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
                 logger.warning(
@@ -180,28 +190,32 @@ class StageLog:
         self._flush()
 
     def index(self, index: Index) -> None:
-        """Log a finished stage: facts as metrics, digests and producer as tags; a known index is not logged twice."""
+        """Log a finished stage: facts as metrics, digests and producer as tags; a known index is not logged twice.
+
+        It comes last: what is known by its index is not logged again.
+        """
         identity = digest_of(index.model_dump(mode="json"))
+        # Points of one time, step and value are one point to the server, however often they are sent.
+        finished = int(datetime.fromisoformat(index.producer["finished"]).timestamp() * 1000)
 
         def action() -> None:
             from mlflow.entities import Metric, RunTag
 
             if self.known_index == identity:
                 return
-            now = int(time.time() * 1000)
             numbers = {k: v for k, v in _flat(index.facts).items() if isinstance(v, int | float)}
             numbers |= {"seconds": index.seconds, "items": index.items}
             tags = {f"spin.{name}": ref.digest for name, ref in index.outputs.items()}
             tags |= {f"spin.producer.{name}": value for name, value in index.producer.items() if value}
             self._client.log_batch(
                 self.run_id,
-                metrics=[Metric(key, float(value), now, index.iteration) for key, value in numbers.items()],
+                metrics=[Metric(key, float(value), finished, index.iteration) for key, value in numbers.items()],
                 tags=[RunTag(key, value) for key, value in tags.items()],
             )
             self._client.log_dict(self.run_id, index.model_dump(mode="json"), "index.json")
             if scores := index.facts.get("metrics"):
                 points = [
-                    Metric(f"{split}.{name}", estimate["value"], now, index.iteration)
+                    Metric(f"{split}.{name}", estimate["value"], finished, index.iteration)
                     for split, metrics in scores.items()
                     for name, estimate in metrics.items()
                 ]
@@ -211,10 +225,12 @@ class StageLog:
         self._do(action)
 
     def report(self, html: str, sheet: Path, iteration: int) -> None:
-        """Log the report page and the contact sheet to the parent run; step is the iteration."""
+        """Log the report page and the contact sheet to the parent run, once; step is the iteration."""
+        known, digest = f"spin.sheet_digest.{iteration:03d}", digest_of_file(sheet)
 
         def action() -> None:
-            if self.known_index:
+            # The parent is asked: the stage's own run is a new one each time where it is injected.
+            if self._parent_tags.get(known) == digest:
                 return
             from PIL import Image
 
@@ -222,17 +238,20 @@ class StageLog:
             self._client.log_image(self.parent_id, Image.open(sheet), key="contact_sheet", step=iteration)
 
         self._do(action)
+        self._do(lambda: self._client.set_tag(self.parent_id, known, digest))
 
     def failed(self, reason: str) -> None:
         """Mark the stage's run as failed, with the reason as a tag."""
         self._status = "FAILED"
-        self._do(lambda: self._client.set_tag(self.run_id, "spin.failure", reason[:500]))
+        self._do(lambda: self._client.set_tag(self.run_id, FAILURE, reason[:500]))
 
     def close(self) -> None:
         """Send what is left and end the run (an injected run is its owner's to end)."""
         self._flush()
 
         def action() -> None:
+            if self._failed_before and self._status == "FINISHED":
+                self._client.delete_tag(self.run_id, FAILURE)
             if not self.injected:
                 self._client.set_terminated(self.run_id, self._status)
 

@@ -4,6 +4,7 @@ Opponent, reference and starting point are one checkpoint. The trainer knows ten
 """
 
 import copy
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -90,7 +91,7 @@ class Trainer:
         precision: str,
     ):
         self.model, self.winners, self.losers, self.config, self.iteration = model, winners, losers, config, iteration
-        self.precision = precision
+        self.precision = precision if config.mixed_precision == "bf16" else "fp32"
         self.beta, self.steps = config.of(iteration)
         if len(winners) < config.batch_size:
             raise SpinError(
@@ -229,13 +230,13 @@ class Trainer:
         """Stop a run that ruins real images.
 
         Raises:
-            Diverged: the loss is not finite, or the smoothed ``winner_drift`` exceeds ``max_winner_drift`` of the
+            Diverged: a measure is not finite, or the smoothed ``winner_drift`` exceeds ``max_winner_drift`` of the
                 reference's error.
         """
-        if not all(torch.isfinite(torch.tensor(list(measures.values())))):
+        if broken := [name for name, value in measures.items() if not math.isfinite(value)]:
             raise Diverged(
-                f"expected finite losses, got {measures['loss']} at step {self.step} of iteration {self.iteration}; "
-                "lower train.learning_rate"
+                f"expected finite measures, got {broken[0]} {measures[broken[0]]} at step {self.step} of iteration "
+                f"{self.iteration}; lower train.learning_rate"
             )
         if "winner_drift" in measures:
             drift = measures["winner_drift"] / measures["reference_error_winner"]

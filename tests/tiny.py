@@ -1,9 +1,13 @@
 """Tiny random models in the real formats, and tiny images: milliseconds per step on one core."""
 
+import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
@@ -17,7 +21,10 @@ from transformers import (
     CLIPVisionConfig,
 )
 
+from spin.data.dataset import Latents
+
 RESOLUTION = 32
+LATENTS = (4, 8, 8)
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.-"
 
 
@@ -85,6 +92,38 @@ def images(folder: Path, count: int = 24) -> Path:
         rows.append({"file_name": f"{i:03d}.png", "text": f"colour {i}"})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def random_latents(count: int, seed: int) -> torch.Tensor:
+    """Return ``count`` latents of the models of ``base``, exact in float16."""
+    return torch.randn(count, *LATENTS, generator=torch.Generator().manual_seed(seed)).half().float()
+
+
+def dataset(folder: Path, pairs: int = 24, held_out: int = 2) -> Path:
+    """Write a prepared data set folder: random winners p000, p001, ... in two files, and ``held_out`` rows a split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = [f"p{i:03d}" for i in range(pairs)]
+    rows = [{"id": id, "prompt": f"colour {i}", "split": "train"} for i, id in enumerate(ids)]
+    shown = []
+    for split in ("validation", "test"):
+        for i in range(held_out):
+            png = io.BytesIO()
+            Image.new("RGB", (RESOLUTION, RESOLUTION), (40 * i, 80, 120)).save(png, "PNG")
+            row = {"id": f"{split}-{i}", "prompt": f"{split} {i}", "split": split}
+            rows.append(row)
+            shown.append({**row, "image": png.getvalue()})
+    latents, half = random_latents(pairs, seed=2), pairs // 2
+    Latents.write(folder / "latents-00000.safetensors", ids[:half], latents[:half])
+    Latents.write(folder / "latents-00001.safetensors", ids[half:], latents[half:])
+    pq.write_table(pa.Table.from_pylist(rows), folder / "index.parquet")
+    pq.write_table(pa.Table.from_pylist(shown), folder / "held-out.parquet")
+    return folder
+
+
+def losers(path: Path, ids: Sequence[str]) -> Path:
+    """Write random losers of the pairs ``ids``."""
+    Latents.write(path, ids, random_latents(len(ids), seed=3))
+    return path
 
 
 def overrides(judge_folder: Path, **train: object) -> dict[str, object]:

@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from spin.errors import SpinError
+from spin.models import complete, worded
 
 BATCH = 64
 
@@ -25,14 +26,17 @@ class Clip:
     def __init__(self, name: str, device: torch.device):
         folder = self.find(name)
         try:
-            self.model = CLIPModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).to(device).eval()
-            self.tokenizer = CLIPTokenizer.from_pretrained(folder)
+            self.model = complete(
+                CLIPModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+            )
+            self.tokenizer = worded(CLIPTokenizer.from_pretrained(folder))
             self.processor = CLIPImageProcessorPil.from_pretrained(folder)
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise SpinError(
                 f"expected a CLIP model with safetensors, got {name!r} ({reason}); set score.clip_model"
             ) from None
+        self.model.to(device).eval()
         self.device = device
 
     @staticmethod

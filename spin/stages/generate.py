@@ -2,15 +2,12 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from spin import models, tracking
-from spin.data.dataset import Dataset, Latents
+from spin import tracking
+from spin.config import RunConfig
 from spin.errors import SpinError
-from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iteration
-from spin.sampling import batches, fast_precision, roundtrip, sample_latents, shard_batches
-from spin.seeding import noise_of
+from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iteration, whole_shards
 from spin.stages import Place, logger
 from spin.store import Ref
 
@@ -35,7 +32,7 @@ def generate(place: Place, iteration: int, shard: int = 0, shards: int = 1) -> I
     Returns:
         The index: output ``losers``, a safetensors file with ``latents`` float16 [n, C, H, W] and the pair ids.
     """
-    iteration, shard, shards = whole_iteration(iteration, 1), int(shard), int(shards)
+    iteration, shard, shards = whole_iteration(iteration, 1), int(shard), whole_shards(shards)
     if not 0 <= shard < shards:
         raise SpinError(f"expected a shard from 0 to {shards - 1}, got {shard}; shards count from 0")
     run = place.open()
@@ -52,7 +49,31 @@ def generate(place: Place, iteration: int, shard: int = 0, shards: int = 1) -> I
     }
     if index := run.find(stage, inputs):
         logger.info("iteration %d: shard %d of %d complete", iteration, shard + 1, shards)
-        return index
+    else:
+        index = _generate(run, config, iteration, shard, shards, opponent, dataset, inputs, clock)
+    with tracking.stage(place, stage, iteration) as log:
+        log.index(index)
+    return index
+
+
+def _generate(
+    run: Run,
+    config: RunConfig,
+    iteration: int,
+    shard: int,
+    shards: int,
+    opponent: Ref,
+    dataset: Ref,
+    inputs: dict[str, Any],
+    clock: Clock,
+) -> Index:
+    import torch
+
+    from spin import models
+    from spin.data.dataset import Dataset, Latents
+    from spin.sampling import batches, fast_precision, roundtrip, sample_latents, shard_batches
+    from spin.seeding import noise_of
+
     pairs = Dataset(run.store.get(dataset))
     mine = list(shard_batches(len(pairs), config.generate.batch_size, shard, shards))
     model = models.load(run.store.get(opponent))
@@ -82,9 +103,9 @@ def generate(place: Place, iteration: int, shard: int = 0, shards: int = 1) -> I
         latents = torch.cat(drawn) if drawn else torch.zeros(0, *pairs.latents_shape)
         Latents.write(path, ids, latents)
         losers = run.store.put_file(path)
-    index = run.finish(
+    return run.finish(
         Index(
-            stage=stage,
+            stage=shard_stage(iteration, shard, shards),
             iteration=iteration,
             inputs=inputs,
             outputs={"losers": losers},
@@ -94,6 +115,3 @@ def generate(place: Place, iteration: int, shard: int = 0, shards: int = 1) -> I
             producer=producer(),
         )
     )
-    with tracking.stage(place, index.stage, iteration) as log:
-        log.index(index)
-    return index

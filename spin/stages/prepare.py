@@ -5,37 +5,20 @@ import json
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
-
-from spin import models, tracking
-from spin.config import RunConfig, override
-from spin.data.dataset import Latents
-from spin.data.sources import Rejection, Row, read
-from spin.diffusion import alphas_cumprod
+from spin import tracking
+from spin.config import RunConfig
 from spin.errors import SpinError
-from spin.presets import preset as named
+from spin.presets import resolve
 from spin.run import Clock, Index, Run, producer, whole_iteration
-from spin.sampling import autocast, fast_precision
 from spin.stages import Place, logger
+
+if TYPE_CHECKING:
+    from spin.models import Model
 
 MOST_REJECTIONS_LISTED = 10_000
 ROWS_PER_FILE = 8192
-
-
-def resolve(preset: str, base_model: str, data_source: str, overrides: dict[str, Any]) -> RunConfig:
-    """Return the run's config: a preset, then the named options, then the overrides."""
-    config = named(preset)
-    named_options: dict[str, Any] = {}
-    if base_model:
-        named_options["base_model"] = base_model
-    if data_source:
-        named_options["data"] = {"source": data_source}
-    return override(override(config, named_options), overrides)
 
 
 def prepare(
@@ -59,22 +42,24 @@ def prepare(
     config = resolve(preset, base_model, data_source, overrides or {})
     whole_iteration(iterations, 1)
     run = place.open()
-    run.begin(config)
+    run.began(config)
     clock = Clock()
-    folder = models.find(config.base_model)
-    models.check(folder)
     inputs = {"config": config.model_dump(mode="json", include={"preset", "base_model", "data"})}
     if index := run.find("prepare", inputs):
         logger.info("prepare: complete, %d pairs", index.items)
     else:
-        index = _prepare(run, config, folder, inputs, clock)
+        index = _prepare(run, config, inputs, clock)
     with tracking.stage(place, index.stage, 0) as log:
         log.params(config)
         log.index(index)
     return index
 
 
-def _prepare(run: Run, config: RunConfig, folder: Path, inputs: dict[str, Any], clock: Clock) -> Index:
+def _prepare(run: Run, config: RunConfig, inputs: dict[str, Any], clock: Clock) -> Index:
+    from spin import models
+    from spin.diffusion import alphas_cumprod
+
+    folder = models.find(config.base_model)
     model = models.load(folder)
     shape = model.latents_shape(config.data.resolution)
     alphas_cumprod(model.scheduler_config)
@@ -96,6 +81,7 @@ def _prepare(run: Run, config: RunConfig, folder: Path, inputs: dict[str, Any], 
         dataset = run.store.put_folder(work / "dataset")
         logger.info("prepare: data set %s stored, %.1f MB", dataset.digest[:12], dataset.size / 1e6)
         base = run.store.put_folder(_model_files(folder, work / "base"))
+    run.begin(config)
     return run.finish(
         Index(
             stage="prepare",
@@ -117,6 +103,8 @@ def _prepare(run: Run, config: RunConfig, folder: Path, inputs: dict[str, Any], 
 
 def _model_files(folder: Path, target: Path) -> Path:
     """Link the files that a run needs (no model card, no licence texts) into ``target``."""
+    from spin import models
+
     keep = [
         folder / "model_index.json",
         *(path for part in (*models.PARTS, "scheduler") for path in (folder / part).rglob("*") if path.is_file()),
@@ -128,8 +116,17 @@ def _model_files(folder: Path, target: Path) -> Path:
     return target
 
 
-def _write(target: Path, config: RunConfig, model: models.Model) -> tuple[Counter[str], Counter[str]]:
+def _write(target: Path, config: RunConfig, model: "Model") -> tuple[Counter[str], Counter[str]]:
     """Write the data set folder; return counts of rows by split and of rejections by reason."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import torch
+
+    from spin.data.dataset import Latents
+    from spin.data.sources import Rejection, Row, read
+    from spin.sampling import autocast, fast_precision
+
     target.mkdir()
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()

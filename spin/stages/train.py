@@ -7,15 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from spin import models, tracking
+from spin import tracking
 from spin.config import RunConfig
-from spin.data.dataset import Dataset, Latents
-from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iteration
-from spin.sampling import fast_precision
+from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iteration, whole_shards
 from spin.stages import Place, logger
 from spin.stages.generate import opponent_of, shard_stage
 from spin.store import Ref, digest_of
-from spin.training import Diverged, Trainer
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -29,7 +26,7 @@ def train(place: Place, iteration: int, shards: int = 1) -> Index:
     Raises:
         SpinError: a predecessor is incomplete, or training diverged (the last good checkpoint stays in the store).
     """
-    iteration, shards = whole_iteration(iteration, 1), int(shards)
+    iteration, shards = whole_iteration(iteration, 1), whole_shards(shards)
     run = place.open()
     config, clock = run.config(), Clock()
     stage = iteration_stage(iteration, "train")
@@ -73,6 +70,11 @@ def _train(
     clock: Clock,
     log: tracking.StageLog,
 ) -> Index:
+    from spin import models
+    from spin.data.dataset import Dataset, Latents
+    from spin.sampling import fast_precision
+    from spin.training import Diverged, Trainer
+
     folder = run.store.get(opponent)
     model = models.load(folder)
     sides = Latents([run.store.get(ref) for ref in losers]) if losers else None

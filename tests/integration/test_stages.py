@@ -1,0 +1,395 @@
+"""The stages, one after another, with tiny models: what they leave behind, and what a rerun makes of it."""
+
+import json
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from spin.data.dataset import Dataset
+from spin.errors import SpinError
+from spin.run import Index, Run
+from spin.stages import Place
+from spin.stages.generate import generate
+from spin.stages.register import register
+from spin.stages.score import score
+from spin.stages.train import train
+from spin.training import Trainer
+from tests.integration.conftest import Played
+from tests.integration.world import World
+
+pytestmark = pytest.mark.integration
+
+
+def refusal(action: Callable[..., object], *arguments: Any) -> str:
+    with pytest.raises(SpinError) as refused:
+        action(*arguments)
+    return str(refused.value)
+
+
+def losers(world: World, indexes: list[Index]) -> dict[str, bytes]:
+    """Return the latents of every pair id, byte for byte."""
+    found: dict[str, bytes] = {}
+    for index in indexes:
+        path = world.store().get(index.outputs["losers"])
+        with safe_open(path, framework="pt") as file:
+            ids = file.metadata()["ids"].split()
+        latents = load_file(path)["latents"]
+        assert latents.dtype == torch.float16
+        rows = {id: row.numpy().tobytes() for id, row in zip(ids, latents, strict=True)}
+        assert len(rows) == len(ids) == index.items
+        assert not rows.keys() & found.keys()
+        found |= rows
+    return found
+
+
+def history(world: World, index: Index) -> list[dict[str, float]]:
+    lines = world.store().get(index.outputs["history"]).read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def unet_of(world: World, index: Index) -> dict[str, torch.Tensor]:
+    return load_file(world.store().get(index.outputs["model"]) / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def shared(world: World, run_key: str, **training: object) -> Place:
+    """Prepare a run; return its place. Its data set and base are those of every other run here."""
+    place = world.place(run_key)
+    world.prepare(place, **training)
+    return place
+
+
+def learn(place: Place, shards: int = 1) -> Index:
+    """Play the first iteration, without scores."""
+    for shard in range(shards):
+        generate(place, 1, shard, shards)
+    return train(place, 1, shards)
+
+
+def test_every_stage_leaves_an_index(world: World, played: Played) -> None:
+    documents = world.documents("played")
+    assert {name.removesuffix(".json") for name in documents} == {
+        *("run", "prepare", "register", "iteration-000/score"),
+        *(
+            f"iteration-00{k}/{stage}"
+            for k in (1, 2)
+            for stage in ("generate-0000-of-0002", "generate-0001-of-0002", "train", "train.progress", "score")
+        ),
+    }
+    for stage, index in played.indexes.items():
+        assert Index.model_validate_json(documents[f"{stage}.json"]) == index
+        assert index.stage == stage
+        assert index.seconds > 0
+        assert index.items > 0
+        assert index.producer["commit"] == "c0ffee"
+        assert all(index.producer[name] for name in ("spin", "torch", "diffusers", "host", "device", "finished"))
+
+
+def test_facts_add_up(world: World, played: Played) -> None:
+    prepared = played.indexes["prepare"]
+    data = Dataset(world.store().get(prepared.outputs["dataset"]))
+    rows = {split: prepared.facts[f"{split}_rows"] for split in ("train", "validation", "test")}
+    assert sum(rows.values()) == 24
+    assert prepared.facts["rejected_rows"] == 0
+    assert prepared.facts["latents_shape"] == [4, 8, 8]
+    assert len(data) == prepared.items == rows["train"]
+    for k in (1, 2):
+        drawn = [played.indexes[f"iteration-00{k}/generate-000{shard}-of-0002"] for shard in (0, 1)]
+        assert losers(world, drawn).keys() == set(data.ids)
+        assert (
+            sum(index.facts["batches"] for index in drawn)
+            == drawn[0].facts["batches_in_all"]
+            == math.ceil(len(data) / 4)
+        )
+        trained = played.indexes[f"iteration-00{k}/train"]
+        assert (trained.iteration, trained.items) == (k, 3 * 8)
+        assert (trained.facts["steps"], trained.facts["beta"]) == (3, 3000)
+    for k in (0, 1, 2):
+        scored = played.indexes[f"iteration-00{k}/score"]
+        assert scored.facts["prompts"] == {split: rows[split] for split in ("validation", "test")}
+        assert scored.items == rows["validation"] + rows["test"]
+        for metrics in scored.facts["metrics"].values():
+            assert metrics.keys() == {"clip_score"} | ({"win_rate"} if k else set())
+            assert all(metric["low"] <= metric["value"] <= metric["high"] for metric in metrics.values())
+            assert 0 <= metrics.get("win_rate", {"value": 0.5})["value"] <= 1
+
+
+def test_scores_of_all_iterations_are_paired(world: World, played: Played) -> None:
+    tables = [
+        pq.read_table(world.store().get(played.indexes[f"iteration-00{k}/score"].outputs["scores"])) for k in (0, 1, 2)
+    ]
+    for one, other in pairwise(tables):
+        assert one.select(["id", "prompt", "split", "sample"]) == other.select(["id", "prompt", "split", "sample"])
+        assert one["clip_score"] != other["clip_score"]
+    for k, table in enumerate(tables):
+        metrics = played.indexes[f"iteration-00{k}/score"].facts["metrics"]
+        for split in ("validation", "test"):
+            mine = np.array([row["clip_score"] for row in table.to_pylist() if row["split"] == split])
+            assert metrics[split]["clip_score"]["value"] == pytest.approx(mine.mean(), abs=1e-4)
+
+
+def test_held_out_prompts_are_never_trained_on(world: World, played: Played) -> None:
+    data = Dataset(world.store().get(played.indexes["prepare"].outputs["dataset"]))
+    held_out = [{row.id for row in data.held_out(split, 100)} for split in ("validation", "test")]
+    assert not held_out[0] & held_out[1]
+    assert not (held_out[0] | held_out[1]) & set(data.ids)
+
+
+def test_each_iteration_starts_from_the_last(played: Played) -> None:
+    opponents = [played.indexes["prepare"].outputs["base"].digest]
+    for k in (1, 2):
+        trained = played.indexes[f"iteration-00{k}/train"]
+        drawn = [played.indexes[f"iteration-00{k}/generate-000{shard}-of-0002"] for shard in (0, 1)]
+        scored = played.indexes[f"iteration-00{k}/score"]
+        assert {index.inputs["opponent"] for index in (*drawn, trained)} == {opponents[-1]}
+        assert trained.inputs["losers"] == [index.outputs["losers"].digest for index in drawn]
+        assert scored.inputs["player"] == trained.outputs["model"].digest
+        assert scored.inputs["earlier"] == [
+            played.indexes[f"iteration-00{j}/score"].outputs["scores"].digest for j in range(k)
+        ]
+        opponents.append(trained.outputs["model"].digest)
+    assert len(set(opponents)) == 3
+    assert played.indexes["iteration-000/score"].inputs["player"] == opponents[0]
+    dataset = played.indexes["prepare"].outputs["dataset"].digest
+    assert {index.inputs["dataset"] for index in played.indexes.values() if "dataset" in index.inputs} == {dataset}
+
+
+def test_player_starts_as_its_opponent(world: World, played: Played) -> None:
+    for k in (1, 2):
+        trained = played.indexes[f"iteration-00{k}/train"]
+        rows = history(world, trained)
+        assert [row["step"] for row in rows] == [1, 2, 3]
+        assert trained.facts["first_loss"] == rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert rows[0]["winner_drift"] == rows[0]["loser_drift"] == rows[0]["margin"] == 0
+        assert rows[-1]["loss"] < rows[0]["loss"]
+        assert trained.facts["final_loss"] == rows[-1]["loss"]
+
+
+def test_rerun_computes_nothing(world: World, played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, objects = world.documents("played"), world.names()
+
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr("spin.models.load", load)
+    again = world.play(world.place("played"), iterations=2, shards=2)
+    again["register"] = register(played.place, played.model_name, 2)
+    assert again == played.indexes
+    assert world.documents("played") == before
+    assert world.names() == objects
+
+
+def test_reports_of_a_rerun_are_the_same(world: World, played: Played) -> None:
+    one, other = (score(world.place(played.place.run_key), 2) for _ in range(2))
+    assert (one.html, one.markdown) == (other.html, other.markdown)
+    assert one.markdown.count("| iteration") == 2
+    assert "data:image/png;base64," in one.html
+
+
+def test_other_inputs_compute_again(world: World, played: Played) -> None:
+    """An index that was made from something else is replaced, by the same result as before."""
+    world.copy("played", "recomputed")
+    run, stage = world.run("recomputed"), "iteration-001/generate-0000-of-0002"
+    good = played.indexes[stage]
+    run.finish(good.model_copy(update={"inputs": good.inputs | {"opponent": "0" * 64}}))
+    made = generate(world.place("recomputed"), 1, 0, 2)
+    assert made.producer["finished"] >= good.producer["finished"]
+    assert (made.inputs, made.outputs) == (good.inputs, good.outputs)
+    assert run.find(stage) == made
+
+
+def test_order_does_not_depend_on_a_scheduler(world: World) -> None:
+    place = world.place("order")
+    assert "prepare it first" in refusal(generate, place, 1)
+    assert "prepare it first" in refusal(score, place, 0)
+    world.prepare(place, steps=[1])
+    before = world.documents("order")
+    for action, arguments, missing in (
+        (train, (1,), "iteration-001/generate-0000-of-0001"),
+        (score, (1,), "iteration-001/train"),
+        (generate, (2,), "iteration-001/train"),
+        (train, (2,), "iteration-001/train"),
+        (register, ("tiny", 1), "iteration-001/train"),
+    ):
+        line = refusal(action, place, *arguments)
+        assert line.startswith(f"expected {missing} of run 'order' to be complete before ")
+        assert line.endswith("; run it first")
+    assert world.documents("order") == before
+    generate(place, 1, 0, 2)
+    assert "generate-0001-of-0002" in refusal(train, place, 1, 2)
+    learn(place)
+    assert "iteration-000/score" in refusal(score, place, 1)
+    assert "iteration-001/score" in refusal(register, place, "tiny", 1)
+    assert "iteration-002/generate-0000-of-0001" in refusal(train, place, 2)
+
+
+@pytest.mark.parametrize("shards", [0, -1])
+def test_at_least_one_shard(world: World, shards: int) -> None:
+    place = world.place("no-shards")
+    for line in (refusal(generate, place, 1, 0, shards), refusal(train, place, 1, shards)):
+        assert line.startswith(f"expected at least 1 shard, got {shards}; ")
+
+
+@pytest.mark.parametrize("shard", [-1, 2])
+def test_shard_is_one_of_the_shards(played: Played, shard: int) -> None:
+    assert refusal(generate, played.place, 1, shard, 2).startswith(f"expected a shard from 0 to 1, got {shard}; ")
+
+
+def test_number_of_shards_changes_nothing(world: World, played: Played) -> None:
+    place = shared(world, "shards")
+    drawn = {n: [generate(place, 1, shard, n) for shard in range(n)] for n in (1, 2, 5)}
+    assert [len(drawn[n]) for n in drawn] == [1, 2, 5]
+    assert 0 in [index.items for index in drawn[5]], "a shard without work is part of the test"
+    one, two, five = (losers(world, indexes) for indexes in drawn.values())
+    assert one == two == five
+    players = [played.indexes["iteration-001/train"], *(train(place, 1, n) for n in drawn)]
+    assert len({player.outputs["model"].digest for player in players}) == 1
+    assert len({player.outputs["history"].digest for player in players}) == 1
+    assert len({str(player.inputs["losers"]) for player in players}) == 3
+    assert players[0].outputs == players[2].outputs
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("training", [{}, {"lora_rank": 2}], ids=["full", "lora"])
+def test_interrupted_training_ends_as_if_it_had_not_been(
+    world: World, played: Played, monkeypatch: pytest.MonkeyPatch, training: dict[str, object]
+) -> None:
+    name = f"interrupted-{'lora' if training else 'full'}"
+    whole = (
+        learn(shared(world, "lora-not-interrupted", **training)) if training else played.indexes["iteration-001/train"]
+    )
+    place = shared(world, name, **training)
+    write = Run.write_progress
+
+    def stop(self: Run, stage: str, value: dict[str, Any]) -> None:
+        write(self, stage, value)
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write_progress", stop)
+        with pytest.raises(Interrupted):
+            learn(place)
+    run = world.run(name)
+    assert run.find("iteration-001/train") is None
+    progress = run.read_progress("iteration-001/train")
+    assert progress is not None
+    assert progress["step"] == 1
+    took, steps = Trainer.train_step, []
+
+    def take(self: Trainer) -> dict[str, float]:
+        measures = took(self)
+        steps.append(self.step)
+        return measures
+
+    monkeypatch.setattr(Trainer, "train_step", take)
+    resumed = learn(place)
+    assert steps == [2, 3]
+    assert resumed.outputs["model"].digest == whole.outputs["model"].digest
+    assert resumed.outputs["history"].digest == whole.outputs["history"].digest
+    assert resumed.facts == whole.facts
+    assert resumed.seconds > progress["seconds"]
+
+
+def test_checkpoint_of_other_inputs_is_not_resumed(world: World) -> None:
+    """Its progress says what it was made from; training on other losers starts anew."""
+    place = shared(world, "stale")
+    generate(place, 1)
+    run = world.run("stale")
+    run.write_progress("iteration-001/train", {"inputs": "0" * 64, "step": 2, "checkpoint": {}, "seconds": 1.0})
+    assert [row["step"] for row in history(world, train(place, 1))] == [1, 2, 3]
+
+
+def test_killed_generation_leaves_no_index(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = shared(world, "killed")
+
+    def stop(*_: object, **__: object) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr("spin.store.Store.put_file", stop)
+        with pytest.raises(Interrupted):
+            generate(place, 1)
+    assert not [name for name in world.documents("killed") if "generate" in name]
+    assert generate(place, 1).items > 0
+
+
+def test_sft_needs_no_losers(world: World) -> None:
+    place = shared(world, "sft", objective="sft", learning_rate=1e-3)
+    trained = train(place, 1)
+    assert trained.inputs["losers"] == []
+    assert not [name for name in world.documents("sft") if "generate" in name]
+    rows = history(world, trained)
+    assert "implicit_accuracy" not in rows[0]
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    score(place, 0)
+    assert score(place, 1).index.facts["metrics"]["test"]["win_rate"]
+    base = load_file(world.base / "unet" / "diffusion_pytorch_model.safetensors")
+    assert not all(torch.equal(value, base[name]) for name, value in unet_of(world, trained).items())
+
+
+def test_lora_is_merged_into_the_player(world: World) -> None:
+    place = shared(world, "lora", lora_rank=2, learning_rate=1e-2)
+    first = learn(place)
+    assert first.facts["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    base = load_file(world.base / "unet" / "diffusion_pytorch_model.safetensors")
+    merged = unet_of(world, first)
+    assert merged.keys() == base.keys()
+    moved = {name for name, value in merged.items() if not torch.equal(value, base[name])}
+    assert moved
+    assert all(any(part in name for part in ("to_q", "to_k", "to_v", "to_out.0")) for name in moved)
+    generate(place, 2)
+    second = train(place, 2)
+    assert second.inputs["opponent"] == first.outputs["model"].digest
+    assert second.facts["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_diverged_training_leaves_no_player(world: World) -> None:
+    place = shared(world, "diverged", learning_rate=10.0, steps=[30], warmup_steps=0)
+    line = refusal(learn, place)
+    assert line.startswith("expected ")
+    assert "lower train.learning_rate" in line
+    assert "\n" not in line
+    assert "iteration-001/train.json" not in world.documents("diverged")
+
+
+def test_player_is_a_pipeline_that_draws(world: World, played: Played) -> None:
+    folder = world.store().get(played.indexes["iteration-002/train"].outputs["model"])
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    mine = {path.relative_to(world.base).as_posix() for path in world.base.rglob("*") if path.is_file()}
+    assert names == mine
+    for name in names - {"unet/diffusion_pytorch_model.safetensors"}:
+        assert (folder / name).read_bytes() == (world.base / name).read_bytes()
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline("colour 1", height=32, width=32, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+    assert drawn.images[0].size == (32, 32)
+
+
+def test_validation_picks_the_challenger_not_test(world: World, played: Played) -> None:
+    """Of two players, one is better on the validation prompts, the other on the test prompts."""
+    for key, best in (("picked-1", 1), ("picked-2", 2)):
+        world.copy("played", key)
+        world.minio().remove_object("spin", f"tests/runs/{key}/register.json")
+        run = world.run(key)
+        for k in (1, 2):
+            index = played.indexes[f"iteration-00{k}/score"]
+            metrics = json.loads(json.dumps(index.facts["metrics"]))
+            metrics["validation"]["clip_score"]["value"] = 30.0 if k == best else 20.0
+            metrics["test"]["clip_score"]["value"] = 20.0 if k == best else 30.0
+            run.finish(index.model_copy(update={"facts": index.facts | {"metrics": metrics}}))
+        index = register(world.place(key, world.servers.mlflow_uri), f"model-{key}", 2)
+        assert index.iteration == best
+        assert index.facts["version"] == index.facts["versions"][str(best)]
+        assert index.facts["alias"] == "challenger"
+        assert index.outputs["model"] == played.indexes[f"iteration-00{best}/train"].outputs["model"]

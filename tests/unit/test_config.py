@@ -1,0 +1,168 @@
+"""Settings: what is wrong is refused in one line that says what was meant; presets hold the published numbers."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from spin.config import RunConfig, TrainConfig, integral, merge, nearest, override
+from spin.errors import SpinError
+from spin.presets import PRESETS, preset
+
+
+def refusal(overrides: Any) -> str:
+    with pytest.raises(SpinError) as caught:
+        override(preset("emoji-cpu"), overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"train": {"lerning_rate": 1e-5}},
+            "expected a known option, got 'train.lerning_rate'; did you mean 'learning_rate'? (in overrides)",
+        ),
+        ({"trian": {"beta": [1]}}, "expected a known option, got 'trian'; did you mean 'train'? (in overrides)"),
+        (
+            {"generate": {"qqqq": 1}},
+            "expected a known option, got 'generate.qqqq'; known: batch_size, guidance_scale, num_inference_steps, "
+            "roundtrip, seed (in overrides)",
+        ),
+    ],
+)
+def test_unknown_options_name_the_nearest(overrides: dict[str, Any], message: str) -> None:
+    assert refusal(overrides) == message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "where"),
+    [
+        ({"train": {"learning_rate": math.nan}}, "train.learning_rate"),
+        ({"train": {"beta": [2000, math.inf]}}, "train.beta.1"),
+        ({"train": {"weight_decay": -math.inf}}, "train.weight_decay"),
+        ({"generate": {"guidance_scale": math.inf}}, "generate.guidance_scale"),
+        ({"train": {"steps": [math.nan]}}, "train.steps.0"),
+        ({"train": {"steps": [0]}}, "train.steps.0"),
+        ({"train": {"steps": []}}, "train.steps"),
+        ({"train": {"beta": []}}, "train.beta"),
+        ({"train": {"beta": 3000}}, "train.beta"),
+        ({"train": {1: 2}}, "train.1"),
+        ({"base_model": {"name": "x"}}, "base_model"),
+        ({"train": {"batch_size": 32.5}}, "train.batch_size"),
+        ({"train": {"prompt_dropout": 1}}, "train.prompt_dropout"),
+        ({"train": {"objective": "dpo"}}, "train.objective"),
+        ({"generate": {"guidance_scale": 0.5}}, "generate.guidance_scale"),
+        ({"data": {"held_out_share": 1.0}}, "data.held_out_share"),
+        ({"score": {"seed": -1}}, "score.seed"),
+        ({"score": {"template": "a picture"}}, "score.template"),
+        ({"base_model": None}, "base_model"),
+    ],
+)
+def test_values_out_of_range_name_their_place(overrides: dict[str, Any], where: str) -> None:
+    assert refusal(overrides).startswith(f"{where}: ")
+
+
+def test_what_was_got_is_shown() -> None:
+    assert refusal({"train": {"batch_size": -8}}).endswith(", got -8 (in overrides)")
+
+
+@pytest.mark.parametrize("overrides", [[], "train.beta=1", None, 3, [{"train": {}}]])
+def test_overrides_must_be_a_mapping(overrides: Any) -> None:
+    assert refusal(overrides).startswith("expected overrides as a mapping like {'train': {'beta': [3000]}}, got ")
+
+
+@pytest.mark.parametrize("value", [5, None, "beta", [1]])
+def test_a_section_is_not_replaced_by_a_value(value: Any) -> None:
+    assert refusal({"train": value}) == f"expected a mapping of options under train, got {value!r}; nest it"
+
+
+def test_micro_batches_must_fill_the_batch() -> None:
+    message = refusal({"train": {"batch_size": 32, "micro_batch_size": 5}})
+    assert "expected batch_size to be a multiple of micro_batch_size, got 32 and 5" in message
+
+
+def test_whole_floats_are_counts_again() -> None:
+    # KFP sends the numbers of a mapping as doubles
+    config = override(preset("emoji-cpu"), {"train": {"steps": [50.0, 60.0], "warmup_steps": 7.0, "beta": [3000.0]}})
+    assert (config.train.steps, config.train.warmup_steps, config.train.beta) == ((50, 60), 7, (3000.0,))
+    assert all(type(step) is int for step in config.train.steps)
+    assert type(config.train.beta[0]) is float
+
+
+def test_integral_reaches_every_depth_and_keeps_the_rest() -> None:
+    given = {"a": [1.0, 2.5, {"b": (3.0,)}], "c": "4.0", "d": True, "e": None, "f": math.inf}
+    assert integral(given) == {"a": [1, 2.5, {"b": [3]}], "c": "4.0", "d": True, "e": None, "f": math.inf}
+    assert type(integral(50.0)) is int
+    assert math.isnan(integral(math.nan))
+
+
+def test_overrides_touch_only_what_they_name() -> None:
+    before = preset("emoji-cpu")
+    after = override(before, {"train": {"beta": [1000]}})
+    assert after.train.beta == (1000.0,)
+    assert before == preset("emoji-cpu")
+    assert before.train.beta != (1000.0,)
+    assert after.model_copy(update={"train": before.train}) == before
+    assert after.train.model_copy(update={"beta": before.train.beta}) == before.train
+    assert override(before, {}) == before
+
+
+def test_merge_leaves_its_arguments_alone() -> None:
+    base, overrides = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 5}}
+    assert merge(base, overrides) == {"a": {"b": 5, "c": 2}, "d": 3}
+    assert (base, overrides) == ({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 5}})
+
+
+def test_configs_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        preset("emoji-cpu").train.learning_rate = 1.0  # type: ignore[misc]
+
+
+def test_the_last_beta_and_step_count_repeat() -> None:
+    config = TrainConfig(beta=(2000, 5000), steps=(50, 500, 300))
+    assert [config.of(k) for k in (1, 2, 3, 4)] == [(2000.0, 50), (5000.0, 500), (5000.0, 300), (5000.0, 300)]
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(SpinError) as caught:
+        preset("sd15-papre")
+    assert str(caught.value) == "expected a preset, got 'sd15-papre'; did you mean 'sd15-paper'?"
+    with pytest.raises(SpinError, match="known: emoji-cpu, sd15-lora, sd15-paper"):
+        preset("zzz")
+
+
+def test_nearest() -> None:
+    assert nearest("stpes", ["steps", "beta"]) == "did you mean 'steps'?"
+    assert nearest("xyz", ["steps", "beta"]) == "known: beta, steps"
+
+
+def test_sd15_paper_holds_the_published_numbers() -> None:
+    config = preset("sd15-paper")
+    assert config.base_model == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert config.data.resolution == 512
+    assert (config.generate.num_inference_steps, config.generate.guidance_scale) == (20, 7.5)
+    assert config.generate.batch_size == 64
+    train = config.train
+    assert (train.batch_size, train.learning_rate, train.warmup_steps, train.decay_steps) == (2048, 2e-5, 200, 500)
+    assert [train.of(k)[0] for k in (1, 2, 3)] == [2000.0, 5000.0, 5000.0]
+    assert (train.objective, train.lora_rank, train.prompt_dropout) == ("spin", 0, 0.0)
+    assert (train.adam_beta1, train.adam_beta2, train.weight_decay, train.max_grad_norm) == (0.9, 0.999, 0.01, 1.0)
+
+
+def test_sd15_lora_differs_from_the_paper_in_training_alone() -> None:
+    paper, lora = preset("sd15-paper"), preset("sd15-lora")
+    assert lora.train.lora_rank == 64
+    assert lora.model_copy(update={"train": paper.train, "preset": "sd15-paper"}) == paper
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_valid_and_survives_json(name: str) -> None:
+    config = preset(name)
+    assert config.preset == name
+    # model_copy does not validate, so an invalid preset would pass unseen without this.
+    again = RunConfig.model_validate(json.loads(json.dumps(config.model_dump(mode="json"))))
+    assert again == config
+    assert override(config, config.model_dump(mode="json")) == config

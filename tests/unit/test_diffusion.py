@@ -1,0 +1,77 @@
+"""The forward process against diffusers' own, and the error's reduction and precision."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from spin.diffusion import add_noise, alphas_cumprod, denoising_error
+from spin.errors import SpinError
+
+SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+def pair(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    draws = torch.Generator().manual_seed(0)
+    return torch.randn(count, 4, 8, 8, generator=draws), torch.randn(count, 4, 8, 8, generator=draws)
+
+
+@pytest.mark.parametrize("config", [SD15, {"num_train_timesteps": 200, "beta_schedule": "linear"}])
+def test_add_noise_is_that_of_diffusers(config: dict[str, object]) -> None:
+    schedule = alphas_cumprod(config)
+    last = len(schedule) - 1
+    latents, noise = pair(5)
+    timestep = torch.tensor([0, 1, last // 3, last - 1, last])
+    theirs = DDPMScheduler(**config).add_noise(latents, noise, timestep)
+    torch.testing.assert_close(add_noise(latents, noise, timestep, schedule), theirs, rtol=0, atol=1e-6)
+
+
+def test_schedule_of_sd15() -> None:
+    schedule = alphas_cumprod(SD15)
+    assert (schedule.dtype, schedule.shape) == (torch.float32, (1000,))
+    # t = 0: 1 - beta_start. t = 999: sigma_max = sqrt((1 - a) / a) = 14.6146 of SD-1.5, so a = 1 / (1 + 14.6146^2)
+    assert float(schedule[0]) == pytest.approx(0.99915, abs=1e-6)
+    assert float(schedule[999]) == pytest.approx(0.00466, abs=1e-5)
+
+
+def test_the_process_starts_at_the_image_and_ends_near_the_noise() -> None:
+    schedule = alphas_cumprod(SD15)
+    ones, zeros = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+    first, last = torch.tensor([0]), torch.tensor([999])
+    # shares of image and noise: sqrt(a), sqrt(1 - a) with a = 0.99915 and a = 0.00466
+    assert add_noise(ones, zeros, first, schedule).item() == pytest.approx(0.99957, abs=1e-5)
+    assert add_noise(zeros, ones, first, schedule).item() == pytest.approx(0.02915, abs=1e-5)
+    assert add_noise(ones, zeros, last, schedule).item() == pytest.approx(0.06827, abs=1e-4)
+    assert add_noise(zeros, ones, last, schedule).item() == pytest.approx(0.99767, abs=1e-5)
+
+
+def test_every_row_has_its_own_timestep() -> None:
+    schedule = torch.tensor([1.0, 0.25, 0.0])
+    latents, noise = torch.full((3, 1, 1, 2), 2.0), torch.full((3, 1, 1, 2), 4.0)
+    noisy = add_noise(latents, noise, torch.tensor([2, 0, 1]), schedule)
+    # a = 0: 4; a = 1: 2; a = 1/4: 0.5 * 2 + sqrt(0.75) * 4 = 4.4641
+    assert noisy.amax(dim=(1, 2, 3)).tolist() == pytest.approx([4.0, 2.0, 4.4641016], abs=1e-6)
+    assert noisy.amin(dim=(1, 2, 3)).tolist() == pytest.approx([4.0, 2.0, 4.4641016], abs=1e-6)
+
+
+def test_the_error_is_the_mean_over_channels_height_and_width() -> None:
+    prediction = torch.zeros(2, 2, 1, 2)
+    noise = torch.tensor([[[[1.0, 3.0]], [[0.0, 0.0]]], [[[2.0, 0.0]], [[0.0, 2.0]]]])
+    # (1 + 9 + 0 + 0) / 4, (4 + 0 + 0 + 4) / 4
+    assert denoising_error(prediction, noise).tolist() == [2.5, 2.0]
+
+
+def test_the_error_of_bfloat16_predictions_is_float32() -> None:
+    # Errors 1 and 2^-7: mean of squares = (1 + 2^-14) / 2. bfloat16 has 8 bits and would give 0.5.
+    prediction = torch.tensor([[[[2.0, 1.0078125]]]], dtype=torch.bfloat16)
+    noise = torch.ones(1, 1, 1, 2, dtype=torch.bfloat16)
+    error = denoising_error(prediction, noise)
+    assert error.dtype == torch.float32
+    assert error.tolist() == [0.500030517578125]
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_other_predictions_are_refused(prediction: str) -> None:
+    with pytest.raises(SpinError) as caught:
+        alphas_cumprod({**SD15, "prediction_type": prediction})
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"expected a model with prediction_type 'epsilon', got '{prediction}'")

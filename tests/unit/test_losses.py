@@ -1,0 +1,130 @@
+"""The objectives against numbers worked out by hand, and the properties that make them a game."""
+
+import math
+
+import pytest
+import torch
+
+from spin.losses import Objective, sft_loss, spin_loss
+
+LN2 = 0.6931471805599453
+
+
+def loss_of(margin: float, beta: float) -> float:
+    """Return the loss of one pair with this margin, all of it from the loser."""
+    one = torch.ones(1)
+    return float(spin_loss(one, one + margin, one, one, beta).loss)
+
+
+@pytest.fixture
+def two_pairs() -> Objective:
+    # pair           1      2
+    # winner       0.5    0.9   reference 0.6  0.6   winner_drift -0.1   0.3
+    # loser        0.8    0.4   reference 0.7  0.5   loser_drift   0.1  -0.1
+    # margin = loser_drift - winner_drift                          0.2  -0.4
+    return spin_loss(
+        torch.tensor([0.5, 0.9]), torch.tensor([0.8, 0.4]), torch.tensor([0.6, 0.6]), torch.tensor([0.7, 0.5]), beta=10
+    )
+
+
+def test_two_pairs_by_hand(two_pairs: Objective) -> None:
+    # beta/2 * margin = 5 * 0.2, 5 * -0.4 = 1, -2
+    # mean(log(1 + exp(-1)), log(1 + exp(2))) = (0.3132616875 + 2.1269280110) / 2
+    assert float(two_pairs.loss) == pytest.approx(1.2200948493, abs=1e-6)
+
+
+def test_measures_by_name_and_value(two_pairs: Objective) -> None:
+    assert {name: float(value) for name, value in two_pairs.measures.items()} == pytest.approx(
+        {
+            "loss": 1.2200948493,
+            "implicit_accuracy": 0.5,  # 0.2 > 0, -0.4 < 0
+            "margin": -0.1,  # (0.2 - 0.4) / 2
+            "winner_drift": 0.1,  # (-0.1 + 0.3) / 2
+            "loser_drift": 0.0,  # (0.1 - 0.1) / 2
+            "error_winner": 0.7,  # (0.5 + 0.9) / 2
+            "reference_error_winner": 0.6,
+        },
+        abs=1e-6,
+    )
+
+
+def test_a_tie_is_no_win() -> None:
+    one = torch.ones(3)
+    assert float(spin_loss(one, one, one, one, beta=1).measures["implicit_accuracy"]) == 0.0
+
+
+def test_player_equal_to_reference_gives_ln_2_and_a_quarter_beta_of_the_gradient() -> None:
+    beta = 2000.0
+    weights = torch.tensor([0.3, -0.7, 1.1], requires_grad=True)
+    winner_input, loser_input = torch.tensor([[1.0, 2.0, -1.0], [0.5, 0.0, 2.0]]), torch.tensor([[0.0, 1.0, 1.0]] * 2)
+    winner, loser = (winner_input @ weights - 1).pow(2), (loser_input @ weights + 2).pow(2)
+    objective = spin_loss(winner, loser, winner.detach(), loser.detach(), beta)
+    assert objective.loss.item() == pytest.approx(LN2, abs=1e-7)
+
+    (gradient,) = torch.autograd.grad(objective.loss, weights, retain_graph=True)
+    (winner_gradient,) = torch.autograd.grad(winner.mean(), weights, retain_graph=True)
+    (loser_gradient,) = torch.autograd.grad(loser.mean(), weights)
+    # d/dm log(1 + exp(-beta/2 m)) at m = 0 is -beta/4, and m = ... - winner + loser
+    torch.testing.assert_close(gradient, beta / 4 * (winner_gradient - loser_gradient))
+    assert gradient.norm() > 1
+
+
+def test_measures_carry_no_gradient() -> None:
+    winner = torch.tensor([0.4], requires_grad=True)
+    objective = spin_loss(winner, torch.tensor([0.5]), torch.tensor([0.4]), torch.tensor([0.5]), beta=1)
+    assert objective.loss.requires_grad
+    assert not any(value.requires_grad for value in objective.measures.values())
+
+
+@pytest.mark.parametrize("margin", [-3.0, 0.25, 40.0])
+def test_beta_to_0_forgets_the_margin(margin: float) -> None:
+    # log(1 + exp(-x)) = ln 2 - x/2 + O(x^2), x = beta/2 * margin = at most 2e-7
+    assert loss_of(margin, 1e-8) == pytest.approx(LN2, abs=2e-7)
+
+
+def test_swapping_winner_and_loser_flips_the_margin() -> None:
+    winner, loser = torch.tensor([0.5, 0.9]), torch.tensor([0.8, 0.4])
+    reference_winner, reference_loser = torch.tensor([0.6, 0.6]), torch.tensor([0.7, 0.5])
+    ours = spin_loss(winner, loser, reference_winner, reference_loser, beta=10)
+    theirs = spin_loss(loser, winner, reference_loser, reference_winner, beta=10)
+    assert float(ours.measures["margin"]) == pytest.approx(-0.1, abs=1e-6)
+    assert float(theirs.measures["margin"]) == pytest.approx(0.1, abs=1e-6)
+    # -logsigmoid(x) + logsigmoid(-x) = -x, so the losses differ by the mean of beta/2 * margin = 5 * -0.1
+    assert float(theirs.loss - ours.loss) == pytest.approx(-0.5, abs=1e-6)
+
+
+def test_loss_falls_as_the_margin_grows() -> None:
+    losses = [loss_of(margin, 10) for margin in (-1.0, -0.1, 0.0, 0.1, 1.0)]
+    assert losses == sorted(losses, reverse=True)
+    assert len(set(losses)) == 5
+
+
+def test_better_on_winners_and_worse_on_losers_both_lower_the_loss() -> None:
+    winner, loser = torch.tensor([0.6], requires_grad=True), torch.tensor([0.7], requires_grad=True)
+    loss = spin_loss(winner, loser, torch.tensor([0.6]), torch.tensor([0.7]), beta=8).loss
+    loss.backward()
+    # beta/4 = 2
+    assert (float(winner.grad), float(loser.grad)) == pytest.approx((2.0, -2.0))
+
+
+def test_a_hopeless_pair_keeps_finite_loss_and_gradient() -> None:
+    winner = torch.tensor([5.0], requires_grad=True)
+    loss = spin_loss(winner, torch.tensor([1.0]), torch.tensor([1.0]), torch.tensor([1.0]), beta=5000).loss
+    loss.backward()
+    # margin -4: log(1 + exp(10000)) = 10000, slope beta/2; the naive log(1 + exp(x)) overflows
+    assert (loss.item(), winner.grad.item()) == pytest.approx((10000.0, 2500.0))
+
+
+def test_beta_carries_a_factor_of_one_half() -> None:
+    # margin 0.001, beta 2000: log(1 + exp(-1)); without the half it would be log(1 + exp(-2)) = 0.1269
+    assert loss_of(0.001, 2000) == pytest.approx(math.log1p(math.exp(-1)), abs=1e-4)
+
+
+def test_sft_is_the_mean_error_of_the_winners() -> None:
+    errors = torch.tensor([0.25, 1.0, 0.25], requires_grad=True)
+    objective = sft_loss(errors)
+    objective.loss.backward()
+    assert objective.loss.item() == 0.5
+    assert errors.grad.tolist() == pytest.approx([1 / 3] * 3)
+    assert {name: float(value) for name, value in objective.measures.items()} == {"loss": 0.5, "error_winner": 0.5}
+    assert not any(value.requires_grad for value in objective.measures.values())

@@ -1,0 +1,102 @@
+"""Where every task of the compiled file runs, as one table."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PACKAGE = Path(__file__).parents[1] / "golden" / "spin-diffusion.yaml"
+STORE = "store_secret"
+TRACKING = "tracking_secret (optional)"
+GPU = ("nvidia.com/gpu x gpu_count", "gpu_node_selector", "gpu_tolerations", "/dev/shm Memory 16Gi")
+NONE = ("", "", "", "")
+
+# task: cpu request, memory request, memory limit, (accelerator, node selector, tolerations, shared memory), retries,
+# secrets. No task has a CPU limit, is cached or has an environment of its own.
+TABLE = {
+    "Prepare data": ("4", "32Gi", "32Gi", GPU, 0, {STORE, TRACKING}),
+    "Score base": ("4", "32Gi", "32Gi", GPU, 3, {STORE, TRACKING}),
+    "Plan iterations": ("100m", "256Mi", "256Mi", NONE, 0, set()),
+    "Plan shards": ("100m", "256Mi", "256Mi", NONE, 0, set()),
+    "Generate losers": ("4", "32Gi", "32Gi", GPU, 3, {STORE, TRACKING}),
+    "Train player": ("8", "64Gi", "64Gi", GPU, 3, {STORE, TRACKING}),
+    "Score player": ("4", "32Gi", "32Gi", GPU, 3, {STORE, TRACKING}),
+    "Register model": ("1", "4Gi", "4Gi", NONE, 3, {STORE, TRACKING}),
+}
+BACKOFF = {"maxRetryCount": 3, "backoffDuration": "10s", "backoffFactor": 2.0, "backoffMaxDuration": "600s"}
+
+
+def plain(reference: dict[str, str]) -> str:
+    """Return the pipeline parameter's name that a setting is taken from."""
+    (name,) = reference.values()
+    assert set(reference) == {"componentInputParameter"}
+    return name.removeprefix("pipelinechannel--")
+
+
+def test_placement() -> None:
+    spec, platform = yaml.safe_load_all(PACKAGE.read_text())
+    on_kubernetes = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    found = {}
+    for dag in [spec["root"], *spec["components"].values()]:
+        for task in dag.get("dag", {}).get("tasks", {}).values():
+            label = spec["components"][task["componentRef"]["name"]].get("executorLabel")
+            if not label:
+                continue
+            name = task["taskInfo"]["name"]
+            container, pod = spec["deploymentSpec"]["executors"][label]["container"], dict(on_kubernetes.get(label, {}))
+            resources = container["resources"]
+            accelerator = resources.get("accelerator", {})
+            count = accelerator.get("resourceCount", "").removeprefix("{{$.inputs.parameters['pipelinechannel--")
+            selector, tolerations = pod.pop("nodeSelector", None), pod.pop("tolerations", [])
+            shared = [
+                f"{mount['mountPath']} {mount['medium']} {mount['sizeLimit']}"
+                for mount in pod.pop("emptyDirMounts", [])
+            ]
+            secrets = {
+                plain(secret["secretNameParameter"]) + (" (optional)" if secret["optional"] else "")
+                for secret in pod.pop("secretAsEnv", [])
+            }
+            assert pod == {}, f"{name}: a setting that the table does not show"
+            assert task["cachingOptions"].get("enableCache", False) is False, name
+            assert "resourceCpuLimit" not in resources, name
+            assert "env" not in container, name
+            policy = task.get("retryPolicy")
+            assert policy in (None, BACKOFF), name
+            found[name] = (
+                resources["resourceCpuRequest"],
+                resources["resourceMemoryRequest"],
+                resources["resourceMemoryLimit"],
+                (
+                    f"{accelerator['resourceType']} x {count.removesuffix(chr(39) + ']}}')}" if accelerator else "",
+                    plain(selector["nodeSelectorJson"]) if selector else "",
+                    ", ".join(plain(toleration["tolerationJson"]) for toleration in tolerations),
+                    ", ".join(shared),
+                ),
+                policy["maxRetryCount"] if policy else 0,
+                secrets,
+            )
+
+    assert found == TABLE
+
+
+def test_the_loop_over_iterations_is_in_order() -> None:
+    spec, _ = yaml.safe_load_all(PACKAGE.read_text())
+    loops = {
+        task["taskInfo"]["name"]: task.get("iteratorPolicy", {}).get("parallelismLimit")
+        for component in spec["components"].values()
+        for task in component.get("dag", {}).get("tasks", {}).values()
+        if "parameterIterator" in task
+    }
+
+    assert loops == {"iterations": 1, "shards": None}
+
+
+def test_the_defaults_ask_for_a100s() -> None:
+    spec, _ = yaml.safe_load_all(PACKAGE.read_text())
+    parameters: dict[str, Any] = spec["root"]["inputDefinitions"]["parameters"]
+
+    assert parameters["gpu_count"]["defaultValue"] == 1
+    assert parameters["gpu_node_selector"]["defaultValue"] == {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB"}
+    assert parameters["gpu_tolerations"]["defaultValue"] == [
+        {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+    ]

@@ -1,0 +1,193 @@
+"""Sampling against diffusers' own pipeline, and an image's independence of everything but its prompt and noise."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, PNDMScheduler, StableDiffusionPipeline
+
+from spin import models
+from spin.config import GenerateConfig
+from spin.models import Model
+from spin.sampling import autocast, batches, decode, fast_precision, roundtrip, sample_latents, shard_batches
+from spin.seeding import noise_of
+from tests import tiny
+
+CPU = torch.device("cpu")
+PROMPTS = ["red cat", "a hat", "0", "dog, blue"]
+TOLERANCE = 1e-4
+"""Absolute, in float32, of latents of up to 50 (an untrained denoiser leaves the first noise at its full scale).
+Both sides do the same sums, in another grouping; a wrong step, guidance or schedule shows a thousandfold (see the tests
+that expect a difference)."""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.base(tmp_path_factory.mktemp("sampling") / "base")
+
+
+@pytest.fixture(scope="module")
+def model(base: Path) -> Model:
+    return models.load(base, CPU)
+
+
+def noise(*names: object) -> torch.Tensor:
+    return torch.stack([noise_of(tiny.LATENTS, str(name)) for name in names])
+
+
+def config(**options: object) -> GenerateConfig:
+    return GenerateConfig.model_validate(
+        {"num_inference_steps": 3, "guidance_scale": 3.5, "batch_size": 4, "seed": 0, **options}
+    )
+
+
+def stock(folder: Path, prompts: list[str], start: torch.Tensor, steps: int, guidance: float) -> torch.Tensor:
+    """Return the latents of StableDiffusionPipeline with DPM-Solver++ in place of the folder's scheduler."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        prompts, latents=start, num_inference_steps=steps, guidance_scale=guidance, height=tiny.RESOLUTION,
+        width=tiny.RESOLUTION, output_type="latent",
+    ).images  # fmt: skip
+
+
+@pytest.mark.parametrize(("steps", "guidance"), [(20, 3.5), (3, 3.5), (3, 1.0), (1, 7.5)])
+def test_latents_are_those_of_the_stock_pipeline(base: Path, model: Model, steps: int, guidance: float) -> None:
+    start = noise(*PROMPTS)
+    ours = sample_latents(model, PROMPTS, start, config(num_inference_steps=steps, guidance_scale=guidance), "fp32")
+    theirs = stock(base, PROMPTS, start, steps, guidance)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+    assert ours.dtype == torch.float32
+    assert float((ours - start).abs().max()) > 1000 * TOLERANCE
+
+
+def test_a_folder_with_the_scheduler_of_sd15(base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(base, tmp_path / "pndm")
+    PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
+        set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1,
+    ).save_pretrained(folder / "scheduler")  # fmt: skip
+    pipeline_index = (folder / "model_index.json").read_text()
+    (folder / "model_index.json").write_text(pipeline_index.replace("DPMSolverMultistepScheduler", "PNDMScheduler"))
+    start = noise(*PROMPTS)
+    ours = sample_latents(models.load(folder, CPU), PROMPTS, start, config(), "fp32")
+    torch.testing.assert_close(ours, stock(folder, PROMPTS, start, 3, 3.5), rtol=0, atol=TOLERANCE)
+
+
+def test_steps_guidance_prompt_and_noise_all_matter(model: Model) -> None:
+    start = noise(*PROMPTS)
+    wanted = sample_latents(model, PROMPTS, start, config(), "fp32")
+    for other in (
+        sample_latents(model, PROMPTS, start, config(num_inference_steps=4), "fp32"),
+        sample_latents(model, PROMPTS, start, config(guidance_scale=1), "fp32"),
+        sample_latents(model, PROMPTS[::-1], start, config(), "fp32"),
+        sample_latents(model, PROMPTS, start.flip(0), config(), "fp32"),
+    ):
+        assert float((other - wanted).abs().max()) > 1000 * TOLERANCE
+
+
+def test_guidance_1_asks_the_denoiser_once_and_more_asks_it_twice(model: Model) -> None:
+    shapes: list[int] = []
+    hook = model.unet.register_forward_pre_hook(lambda _, inputs: shapes.append(len(inputs[0])))
+    try:
+        sample_latents(model, PROMPTS, noise(*PROMPTS), config(guidance_scale=1), "fp32")
+        sample_latents(model, PROMPTS, noise(*PROMPTS), config(guidance_scale=1.5), "fp32")
+    finally:
+        hook.remove()
+    # 3 steps each: 4 prompts alone, then 4 empty and 4 given prompts in one call
+    assert shapes == [4, 4, 4, 8, 8, 8]
+
+
+def test_short_batches_are_padded_to_one_shape(model: Model) -> None:
+    shapes: list[int] = []
+    hook = model.unet.register_forward_pre_hook(lambda _, inputs: shapes.append(len(inputs[0])))
+    try:
+        found = [sample_latents(model, PROMPTS[:n], noise(*PROMPTS[:n]), config(), "fp32") for n in (4, 3, 1)]
+    finally:
+        hook.remove()
+    assert set(shapes) == {8}
+    assert [len(latents) for latents in found] == [4, 3, 1]
+    torch.testing.assert_close(found[1], found[0][:3], rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(found[2], found[0][:1], rtol=0, atol=TOLERANCE)
+
+
+def test_an_image_does_not_depend_on_its_neighbours_or_its_position(model: Model) -> None:
+    whole = sample_latents(model, PROMPTS, noise(*PROMPTS), config(), "fp32")
+    turned = sample_latents(model, PROMPTS[::-1], noise(*PROMPTS[::-1]), config(), "fp32")
+    torch.testing.assert_close(turned.flip(0), whole, rtol=0, atol=TOLERANCE)
+    others = [PROMPTS[0], "x", "y", "z"]
+    torch.testing.assert_close(
+        sample_latents(model, others, noise(*others), config(), "fp32")[0], whole[0], rtol=0, atol=TOLERANCE
+    )
+    alone = sample_latents(model, PROMPTS[:1], noise(PROMPTS[0]), config(batch_size=1), "fp32")
+    torch.testing.assert_close(alone[0], whole[0], rtol=0, atol=TOLERANCE)
+
+
+def test_the_same_batch_gives_the_same_bits(model: Model) -> None:
+    start = noise(*PROMPTS)
+    one = sample_latents(model, PROMPTS, start, config(), "fp32")
+    torch.manual_seed(11)
+    assert torch.equal(sample_latents(model, PROMPTS, start, config(), "fp32"), one)
+    assert torch.equal(start, noise(*PROMPTS))
+
+
+def test_shards_give_the_same_bits_as_one_process(model: Model) -> None:
+    names = [f"p{i}" for i in range(5)]
+
+    def draw(rows: range) -> dict[int, torch.Tensor]:
+        chosen = [names[i] for i in rows]
+        return dict(zip(rows, sample_latents(model, chosen, noise(*chosen), config(batch_size=2), "fp32"), strict=True))
+
+    whole = {i: x for rows in shard_batches(5, 2, 0, 1) for i, x in draw(rows).items()}
+    dealt = {i: x for shard in (1, 0) for rows in shard_batches(5, 2, shard, 2) for i, x in draw(rows).items()}
+    assert whole.keys() == dealt.keys() == set(range(5))
+    assert all(torch.equal(whole[i], dealt[i]) for i in whole)
+
+
+def test_bfloat16_is_close_but_not_the_same(model: Model) -> None:
+    start = noise(*PROMPTS)
+    exact = sample_latents(model, PROMPTS, start, config(guidance_scale=1), "fp32")
+    rough = sample_latents(model, PROMPTS, start, config(guidance_scale=1), "bf16")
+    assert rough.dtype == torch.float32
+    # bfloat16 keeps 8 bits: 2^-8 = 0.4 % a product
+    assert 0 < float((rough - exact).abs().max()) < 0.02 * float(exact.abs().max())
+
+
+def test_a_roundtrip_changes_latents_but_not_their_shape(model: Model) -> None:
+    latents = tiny.random_latents(3, seed=4)
+    again = roundtrip(model, latents, "fp32")
+    assert (again.shape, again.dtype) == (latents.shape, torch.float32)
+    assert not torch.allclose(again, latents, atol=0.01)
+    images = decode(model, latents, "fp32")
+    # The way of a winner: 8-bit pixels, x / 127.5 - 1, encode.
+    torch.testing.assert_close(again, model.encode(images.permute(0, 3, 1, 2) / 127.5 - 1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 17, 64])
+@pytest.mark.parametrize("size", [1, 4, 64])
+@pytest.mark.parametrize("shards", [1, 2, 3, 20])
+def test_shards_cover_every_batch_once(count: int, size: int, shards: int) -> None:
+    dealt = [list(shard_batches(count, size, shard, shards)) for shard in range(shards)]
+    assert sorted((rows for mine in dealt for rows in mine), key=lambda rows: rows.start) == batches(count, size)
+    assert sorted(i for mine in dealt for rows in mine for i in rows) == list(range(count))
+    # Shares differ by one batch at most.
+    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+
+
+def test_batches_by_hand() -> None:
+    assert batches(10, 4) == [range(0, 4), range(4, 8), range(8, 10)]
+    assert list(shard_batches(10, 4, 0, 2)) == [range(0, 4), range(8, 10)]
+    assert list(shard_batches(10, 4, 1, 2)) == [range(4, 8)]
+
+
+def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    for native, wanted in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx512_bf16": native})
+        assert fast_precision(CPU) == wanted
+    assert fast_precision(torch.device("mps")) == "fp32"
+    with autocast(CPU, "bf16"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    with autocast(CPU, "fp32"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32

@@ -1,0 +1,58 @@
+"""Means, win rates and bootstrap intervals."""
+
+import numpy as np
+import pytest
+
+from spin.stats import Estimate, bootstrap, per_prompt, wins
+
+
+def test_two_prompts_by_hand() -> None:
+    # Resampled means are 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4: both 2.5 % tails lie on the extremes.
+    assert bootstrap(np.array([0.0, 1.0]), 4000) == Estimate(0.5, 0.0, 1.0)
+
+
+def test_equal_prompts_leave_no_doubt() -> None:
+    assert bootstrap(np.full(7, 0.25), 50) == Estimate(0.25, 0.25, 0.25)
+
+
+def test_one_prompt_has_an_interval_of_no_width() -> None:
+    assert bootstrap(np.array([3.5]), 10) == Estimate(3.5, 3.5, 3.5)
+
+
+def test_interval_of_many_normal_values() -> None:
+    values = np.random.default_rng(1).normal(size=400)
+    found = bootstrap(values, 4000)
+    # 1.96 standard errors: 1.96 * std / sqrt(400)
+    half = 1.96 * values.std() / 20
+    assert found.value == pytest.approx(values.mean())
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.06)
+    assert found.low < found.value < found.high
+
+
+def test_same_seed_draws_the_same_prompts_so_rows_are_paired() -> None:
+    values = np.random.default_rng(2).normal(size=30)
+    one, shifted = bootstrap(values, 200), bootstrap(values + 2, 200)
+    assert (shifted.low - one.low, shifted.high - one.high) == pytest.approx((2.0, 2.0))
+    assert bootstrap(values, 200) == one
+    assert bootstrap(values, 200, seed=1) != one
+
+
+def test_wins_with_ties_at_one_half() -> None:
+    assert wins(np.array([2.0, 1.0, 0.0]), np.array([1.0, 1.0, 1.0])).tolist() == [1.0, 0.5, 0.0]
+
+
+def test_wins_against_itself_are_even() -> None:
+    values = np.random.default_rng(3).normal(size=50)
+    assert wins(values, values).mean() == 0.5
+    other = np.random.default_rng(4).normal(size=50)
+    assert (wins(values, other) + wins(other, values)).tolist() == [1.0] * 50
+
+
+def test_images_of_a_prompt_are_averaged_first() -> None:
+    # prompts: (1, 3), (5, 7)
+    assert per_prompt(np.array([1.0, 3.0, 5.0, 7.0]), 2).tolist() == [2.0, 6.0]
+    assert per_prompt(np.array([1.0, 3.0]), 1).tolist() == [1.0, 3.0]
+
+
+def test_as_dict() -> None:
+    assert Estimate(1.0, 0.5, 1.5).as_dict() == {"value": 1.0, "low": 0.5, "high": 1.5}

@@ -1,0 +1,602 @@
+"""One iteration of self-play: where it starts, what it may depend on, how it goes on and when it stops."""
+
+import copy
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spin import checkpoint, models
+from spin.config import TrainConfig
+from spin.data.dataset import Dataset, Latents
+from spin.diffusion import add_noise, denoising_error
+from spin.errors import SpinError
+from spin.presets import preset
+from spin.seeding import noise_of
+from spin.training import Diverged, Trainer, learning_rate, order
+from tests import tiny
+
+CPU = torch.device("cpu")
+PAIRS = 24
+LN2 = 0.6931471824645996
+"""ln 2 in float32."""
+BOTH = pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a folder with a base model, a data set of 24 pairs and its losers."""
+    folder = tmp_path_factory.mktemp("training")
+    tiny.base(folder / "base")
+    tiny.dataset(folder / "data", PAIRS)
+    tiny.losers(folder / "losers.safetensors", Dataset(folder / "data").ids)
+    return folder
+
+
+def trainer(world: Path, iteration: int = 1, precision: str = "fp32", **options: object) -> Trainer:
+    config = {
+        "beta": [2000], "steps": [3], "batch_size": 8, "micro_batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 0,
+        "decay_steps": None, "checkpoint_every": 100, "max_winner_drift": 1000, **options,
+    }  # fmt: skip
+    losers = None if options.get("objective") == "sft" else Latents([world / "losers.safetensors"])
+    return Trainer(
+        models.load(world / "base", CPU),
+        Dataset(world / "data"),
+        losers,
+        TrainConfig.model_validate(config),
+        iteration,
+        precision,
+    )
+
+
+def run(player: Trainer, work: Path, resume_from: Path | None = None, keep: Path | None = None) -> list[dict[str, Any]]:
+    """Train to the end, copy checkpoints to ``keep``, and return the history without seconds."""
+
+    def on_checkpoint(folder: Path) -> None:
+        if keep is not None:
+            shutil.copytree(folder, keep / folder.name)
+
+    player.run(lambda *_: None, on_checkpoint, work, resume_from)
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in player.history]
+
+
+def weights(player: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in checkpoint.trained(player.model.unet).items()}
+
+
+def places(*rows: int, epoch: int = 0) -> list[tuple[int, int]]:
+    return [(epoch, row) for row in rows]
+
+
+# --- where it starts
+
+
+@BOTH
+@pytest.mark.parametrize("micro", [8, 4])
+def test_the_first_loss_is_ln_2(world: Path, rank: int, micro: int) -> None:
+    first = trainer(world, lora_rank=rank, micro_batch_size=micro).train_step()
+    # The player is its opponent: the margin is 0 to the last bit, so no pair is won.
+    assert first["loss"] == LN2
+    assert (first["margin"], first["winner_drift"], first["loser_drift"]) == (0.0, 0.0, 0.0)
+    assert first["implicit_accuracy"] == 0.0
+    assert first["error_winner"] == first["reference_error_winner"] > 0.1
+    assert first["grad_norm"] > 0
+
+
+def test_the_first_gradient_is_a_quarter_beta_of_winners_minus_losers(world: Path) -> None:
+    player = trainer(world)
+    unet, batch = player.model.unet, player.batch(places(*range(8)))
+    player.objective(batch).loss.backward()
+    gradients = [parameter.grad.clone() for parameter in unet.parameters()]
+
+    def gradient(latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        noisy = add_noise(latents, batch.noise, batch.timestep, player.alphas)
+        predicted = unet(noisy, batch.timestep, encoder_hidden_states=batch.embeds).sample
+        return torch.autograd.grad(denoising_error(predicted, batch.noise).mean(), list(unet.parameters()))
+
+    assert batch.loser is not None
+    scale = max(float(found.abs().max()) for found in gradients)
+    for found, winner, loser in zip(gradients, gradient(batch.winner), gradient(batch.loser), strict=True):
+        # beta / 4 = 500; the tolerance is that of float32 sums over the batch, relative to the largest gradient
+        torch.testing.assert_close(found, 500 * (winner - loser), rtol=0, atol=1e-5 * scale)
+
+
+def test_the_first_step_is_adamws(world: Path) -> None:
+    player = trainer(world, weight_decay=0.1, adam_epsilon=1e-12, max_grad_norm=1e9)
+    before = weights(player)
+    player.objective(player.batch(order(player.winners.ids, 0, 1, 0, 8))).loss.backward()
+    signs = {name: value.grad.sign() for name, value in checkpoint.trained(player.model.unet).items()}
+    large = {name: value.grad.abs() > 1e-3 for name, value in checkpoint.trained(player.model.unet).items()}
+    player.optimizer.zero_grad()
+    player.train_step()
+    for name, after in weights(player).items():
+        # w - lr * (0.1 w + m / sqrt(v)), and after one step m / sqrt(v) is the gradient's sign
+        wanted = before[name] - 1e-3 * (0.1 * before[name] + signs[name])
+        torch.testing.assert_close(after[large[name]], wanted[large[name]], rtol=0, atol=2e-6)
+    assert torch.cat([mask.flatten() for mask in large.values()]).float().mean() > 0.9
+
+
+def test_beta_and_steps_are_those_of_the_iteration(world: Path) -> None:
+    options = {"beta": [2000, 5000], "steps": [3, 7, 5]}
+    assert [(t.beta, t.steps) for t in (trainer(world, k, **options) for k in (1, 2, 4))] == [
+        (2000.0, 3), (5000.0, 7), (5000.0, 5),
+    ]  # fmt: skip
+
+
+def test_training_tells_winners_from_losers(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    player = trainer(world, beta=[100])
+    same = player.batch(places(*range(8)))
+    monkeypatch.setattr(player, "batch", lambda _: same)
+    history = [player.train_step() for _ in range(4)]
+    assert [row["loss"] for row in history] == sorted((row["loss"] for row in history), reverse=True)
+    assert history[-1]["loss"] < LN2 / 4
+    assert history[-1]["implicit_accuracy"] == 1.0
+
+
+# --- what a pair sees
+
+
+def test_both_sides_of_a_pair_share_timestep_noise_and_prompt(world: Path) -> None:
+    player = trainer(world)
+    batch, seen = player.batch(places(0, 5, 9)), {}
+
+    class Silent:
+        """Predicts zeros, so that the error is the noise's mean square."""
+
+        def __call__(self, noisy: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor) -> Any:
+            seen.update(noisy=noisy, timestep=timestep, embeds=encoder_hidden_states)
+            self.sample = torch.zeros_like(noisy)
+            return self
+
+    winner, loser = player.errors(Silent(), batch)
+    assert batch.loser is not None
+    assert loser is not None
+    assert torch.equal(winner, loser)
+    torch.testing.assert_close(winner, batch.noise.pow(2).mean(dim=(1, 2, 3)))
+    for side, latents in ((slice(0, 3), batch.winner), (slice(3, 6), batch.loser)):
+        assert torch.equal(seen["noisy"][side], add_noise(latents, batch.noise, batch.timestep, player.alphas))
+        assert torch.equal(seen["timestep"][side], batch.timestep)
+        assert torch.equal(seen["embeds"][side], batch.embeds)
+    assert not torch.equal(batch.winner, batch.loser)
+
+
+def test_a_batch_holds_the_pairs_own_latents_and_prompts(world: Path) -> None:
+    player = trainer(world)
+    batch = player.batch(places(3, 20))
+    # tiny.dataset: winners of seed 2, losers of seed 3, prompts "colour <row>"
+    assert torch.equal(batch.winner, tiny.random_latents(PAIRS, seed=2)[[3, 20]])
+    assert batch.loser is not None
+    assert torch.equal(batch.loser, tiny.random_latents(PAIRS, seed=3)[[3, 20]])
+    torch.testing.assert_close(batch.embeds, player.model.embed(["colour 3", "colour 20"]))
+    assert torch.equal(batch.noise[1], noise_of(tiny.LATENTS, "train", 0, 1, 0, "p020"))
+
+
+def test_noise_and_timestep_belong_to_pair_epoch_iteration_and_seed(world: Path) -> None:
+    player = trainer(world)
+    whole, part = player.batch(places(*range(8))), player.batch(places(6, 2))
+    assert torch.equal(part.noise, whole.noise[[6, 2]])
+    assert torch.equal(part.timestep, whole.timestep[[6, 2]])
+    for other in (
+        player.batch(places(*range(8), epoch=1)),
+        trainer(world, iteration=2).batch(places(*range(8))),
+        trainer(world, seed=1).batch(places(*range(8))),
+    ):
+        assert not torch.equal(other.timestep, whole.timestep)
+        assert not any(torch.equal(one, two) for one, two in zip(other.noise, whole.noise, strict=True))
+
+
+def test_timesteps_are_uniform_over_the_schedule(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    player = trainer(world)
+    monkeypatch.setattr(player.model, "embed", lambda prompts: torch.zeros(len(prompts), 12, 16))
+    timestep = torch.cat([player.batch(places(*range(PAIRS), epoch=epoch)).timestep for epoch in range(40)]).float()
+    # 960 draws of 0..999: mean 499.5 +- 9.3; bounds of 4 standard errors
+    assert abs(float(timestep.mean()) - 499.5) < 37
+    assert 0 <= float(timestep.min()) < 20
+    assert 980 < float(timestep.max()) <= 999
+
+
+def test_prompt_dropout_gives_that_share_the_empty_prompt(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prompts_of(player: Trainer) -> tuple[list[str], torch.Tensor]:
+        seen: list[str] = []
+        monkeypatch.setattr(
+            player.model, "embed", lambda prompts: seen.extend(prompts) or torch.zeros(len(prompts), 12, 16)
+        )
+        timesteps = [player.batch(places(*range(PAIRS), epoch=epoch)).timestep for epoch in range(20)]
+        return seen, torch.cat(timesteps)
+
+    kept, timesteps = prompts_of(trainer(world))
+    assert kept == [f"colour {row}" for row in range(PAIRS)] * 20
+    dropped, same_timesteps = prompts_of(trainer(world, prompt_dropout=0.2))
+    assert {prompt for prompt, whole in zip(dropped, kept, strict=True) if prompt != whole} == {""}
+    # 480 pairs: 20 % +- 1.8 %; bounds of 4 standard errors
+    assert 0.128 < dropped.count("") / 480 < 0.272
+    assert torch.equal(timesteps, same_timesteps)
+    assert prompts_of(trainer(world, prompt_dropout=0.2))[0] == dropped
+
+
+# --- what it may depend on
+
+
+def test_an_epoch_of_steps_visits_every_pair_once(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    player = trainer(world, micro_batch_size=4)
+    assemble, visited = player.batch, []
+    monkeypatch.setattr(player, "batch", lambda part: visited.extend(part) or assemble(part))
+    for _ in range(3):
+        player.train_step()
+    # 3 steps of 8 pairs
+    assert visited == order(player.winners.ids, 0, 1, 0, 24)
+    assert sorted(visited) == places(*range(24))
+
+
+@BOTH
+def test_micro_batches_add_up_to_the_batch(world: Path, tmp_path: Path, rank: int) -> None:
+    # beta multiplies the rounding of the errors, about 1e-7: at 20 the sums agree to 1e-6, at 2000 they could not.
+    # The epsilon keeps Adam from turning the rounding of tiny gradients into whole steps.
+    options = {"lora_rank": rank, "beta": [20], "adam_epsilon": 1e-4, "max_grad_norm": 1e9}
+    one, two = trainer(world, **options), trainer(world, micro_batch_size=4, **options)
+    whole, halves = run(one, tmp_path), run(two, tmp_path)
+    assert (one.accumulation, two.accumulation) == (1, 2)
+    for row, other in zip(whole, halves, strict=True):
+        assert other["loss"] == pytest.approx(row["loss"], rel=1e-5)
+        assert other["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-5)
+    assert abs(whole[2]["loss"] - whole[0]["loss"]) > 1e-3
+    for name, value in weights(two).items():
+        torch.testing.assert_close(value, weights(one)[name], rtol=0, atol=1e-5)
+
+
+def test_the_gradient_is_clipped(world: Path) -> None:
+    player = trainer(world, max_grad_norm=0.5, learning_rate=1e-12)
+    clipped: list[float] = []
+    step = player.optimizer.optimizer.step
+
+    def spy(*args: object, **options: object) -> object:
+        gradients = [p.grad for p in checkpoint.trained(player.model.unet).values()]
+        clipped.append(float(torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients]))))
+        return step(*args, **options)
+
+    player.optimizer.optimizer.step = spy
+    measured = player.train_step()["grad_norm"]
+    assert measured > 5
+    assert clipped == pytest.approx([0.5], rel=1e-4)
+
+
+def test_gradient_checkpointing_changes_memory_alone(world: Path) -> None:
+    plain, sparing = trainer(world), trainer(world, gradient_checkpointing=True)
+    assert sparing.model.unet.is_gradient_checkpointing
+    assert sparing.train_step() == pytest.approx(plain.train_step(), rel=1e-5)
+
+
+def test_mixed_precision_no_computes_in_float32(world: Path) -> None:
+    assert trainer(world, precision="bf16", mixed_precision="no").precision == "fp32"
+    assert trainer(world, precision="bf16", mixed_precision="bf16").precision == "bf16"
+    assert trainer(world, precision="fp32", mixed_precision="bf16").precision == "fp32"
+
+
+def test_bfloat16_keeps_weights_and_errors_in_float32(world: Path) -> None:
+    rough, exact = trainer(world, precision="bf16"), trainer(world)
+    batch = rough.batch(places(*range(4)))
+    assert rough.errors(rough.player, batch)[0].dtype == torch.float32
+    assert not torch.equal(rough.errors(rough.player, batch)[0], exact.errors(exact.player, batch)[0])
+    assert rough.train_step()["loss"] == LN2
+    assert {value.dtype for value in weights(rough).values()} == {torch.float32}
+
+
+# --- how it goes on
+
+
+@BOTH
+def test_a_resumed_run_is_the_uninterrupted_run(world: Path, tmp_path: Path, rank: int) -> None:
+    # 5 steps of 8 of 24 pairs reach the second epoch; warm-up, decay and dropout depend on the step.
+    options = {
+        "lora_rank": rank, "steps": [5], "checkpoint_every": 2, "warmup_steps": 2, "decay_steps": 8,
+        "prompt_dropout": 0.3, "micro_batch_size": 4,
+    }  # fmt: skip
+    whole = trainer(world, **options)
+    history = run(whole, tmp_path / "whole", keep=tmp_path / "kept")
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["checkpoint-000002", "checkpoint-000004"]
+    for name in ("checkpoint-000002", "checkpoint-000004"):
+        resumed = trainer(world, **options)
+        torch.manual_seed(99)
+        assert run(resumed, tmp_path / "again", resume_from=tmp_path / "kept" / name) == history
+        assert resumed.drift == whole.drift
+        wanted = weights(whole)
+        assert weights(resumed).keys() == wanted.keys()
+        assert all(torch.equal(value, wanted[name]) for name, value in weights(resumed).items())
+
+
+def test_two_runs_are_equal_and_another_seed_is_not(world: Path, tmp_path: Path) -> None:
+    one = run(trainer(world, steps=[2]), tmp_path)
+    assert run(trainer(world, steps=[2]), tmp_path) == one
+    assert run(trainer(world, steps=[2], seed=1), tmp_path) != one
+
+
+def test_a_checkpoint_holds_safetensors_and_json_alone(world: Path, tmp_path: Path) -> None:
+    run(trainer(world, steps=[2], checkpoint_every=1), tmp_path, keep=tmp_path / "kept")
+    folder = tmp_path / "kept" / "checkpoint-000001"
+    assert sorted(path.name for path in folder.iterdir()) == ["state.json", "training.safetensors"]
+    assert {name.split("/")[0] for name in load_file(folder / "training.safetensors")} == {
+        "weight", "step", "exp_avg", "exp_avg_sq",
+    }  # fmt: skip
+
+
+def test_steps_are_reported_from_1_and_the_last_needs_no_checkpoint(world: Path, tmp_path: Path) -> None:
+    steps, kept = [], []
+    player = trainer(world, steps=[4], checkpoint_every=2)
+    player.run(lambda step, measures: steps.append((step, measures)), lambda folder: kept.append(folder.name), tmp_path)
+    assert [step for step, _ in steps] == [1, 2, 3, 4]
+    assert kept == ["checkpoint-000002"]
+    assert steps[0][1]["loss"] == LN2
+
+
+# --- the opponent
+
+
+def test_the_reference_never_moves(world: Path, tmp_path: Path) -> None:
+    player = trainer(world)
+    opponent = copy.deepcopy(player.model.unet).state_dict()
+    run(player, tmp_path)
+    assert all(torch.equal(value, opponent[name]) for name, value in player.reference.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in player.reference.parameters())
+    moved = [name for name, value in player.model.unet.state_dict().items() if not torch.equal(value, opponent[name])]
+    assert len(moved) == len(opponent)
+
+
+def test_lora_keeps_its_opponent_in_the_frozen_weights(world: Path, tmp_path: Path) -> None:
+    opponent = models.load(world / "base", CPU)
+    player = trainer(world, lora_rank=4)
+    batch = player.batch(places(*range(8)))
+    run(player, tmp_path)
+    trained, frozen = checkpoint.trained(player.model.unet), opponent.unet.state_dict()
+    # query, key, value and output of the self- and the cross-attention of the 4 transformer blocks, A and B of each
+    assert len(trained) == 4 * 2 * 4 * 2
+    assert all(".lora_" in name for name in trained)
+    kept = {
+        name.replace(".base_layer", ""): value
+        for name, value in player.model.unet.state_dict().items()
+        if ".lora_" not in name
+    }
+    assert kept.keys() == frozen.keys()
+    assert all(torch.equal(value, frozen[name]) for name, value in kept.items())
+
+    # With the adapters off it predicts what the opponent predicts; with them on, something else.
+    with torch.no_grad():
+        wanted = player.errors(opponent.unet, batch)
+        moved = player.errors(player.player, batch)
+    for reference, opposed, now in zip(player.reference_errors(batch), wanted, moved, strict=True):
+        assert opposed is not None
+        assert now is not None
+        assert torch.equal(reference, opposed)
+        assert not torch.allclose(now, opposed, rtol=1e-4)
+    # And they are on again, and trained, after the reference had its turn.
+    assert checkpoint.trained(player.model.unet).keys() == trained.keys()
+    with torch.no_grad():
+        assert torch.equal(player.errors(player.player, batch)[0], moved[0])
+
+
+def test_merged_adapters_predict_what_they_did_apart(world: Path, tmp_path: Path) -> None:
+    opponent = models.load(world / "base", CPU)
+    player = trainer(world, lora_rank=4, learning_rate=1e-2)
+    run(player, tmp_path)
+    latents, timestep = tiny.random_latents(2, seed=7), torch.tensor([20, 700])
+    embeds = opponent.embed(["cat", ""])
+
+    def predict(unet: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return unet(latents, timestep, encoder_hidden_states=embeds).sample
+
+    apart = predict(player.model.unet)
+    merged = player.player_unet()
+    assert merged.state_dict().keys() == opponent.unet.state_dict().keys()
+    assert not any("lora" in name for name in merged.state_dict())
+    torch.testing.assert_close(predict(merged), apart, rtol=0, atol=1e-5)
+    assert float((apart - predict(opponent.unet)).abs().max()) > 1e-3
+
+    models.export(world / "base", merged, tmp_path / "player")
+    torch.testing.assert_close(predict(models.load(tmp_path / "player", CPU).unet), apart, rtol=0, atol=1e-5)
+
+
+# --- supervised fine-tuning
+
+
+@BOTH
+def test_sft_needs_no_losers(world: Path, tmp_path: Path, rank: int) -> None:
+    player = trainer(world, objective="sft", lora_rank=rank)
+    batch = player.batch(order(player.winners.ids, 0, 1, 0, 8))
+    assert batch.loser is None
+    with torch.no_grad():
+        noisy = add_noise(batch.winner, batch.noise, batch.timestep, player.alphas)
+        predicted = player.model.unet(noisy, batch.timestep, encoder_hidden_states=batch.embeds).sample
+    history = run(player, tmp_path)
+    assert history[0]["loss"] == pytest.approx(float((predicted - batch.noise).pow(2).mean()), rel=1e-5)
+    assert history[0].keys() == {"step", "loss", "error_winner", "grad_norm", "learning_rate"}
+    assert player.reference is player.model.unet
+
+
+# --- when it stops
+
+
+def measures(drift: float = 0.0, loss: float = 0.7, norm: float = 1.0) -> dict[str, float]:
+    return {"loss": loss, "winner_drift": drift, "reference_error_winner": 0.5, "grad_norm": norm}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["loss", "winner_drift", "grad_norm"])
+def test_what_is_not_finite_stops_the_run(world: Path, name: str, value: float) -> None:
+    player = trainer(world)
+    player.step = 2
+    with pytest.raises(Diverged) as caught:
+        player.watch(measures() | {name: value})
+    assert str(caught.value) == (
+        f"expected finite measures, got {name} {value} at step 2 of iteration 1; lower train.learning_rate"
+    )
+
+
+def test_smoothed_drift_beyond_the_bound_stops_the_run(world: Path) -> None:
+    player = trainer(world, max_winner_drift=0.1)
+    player.step = 1
+    player.watch(measures(drift=0.025))  # 0.025 / 0.5 = 5 %
+    assert player.drift == pytest.approx(0.05)
+    player.step = 2
+    player.watch(measures(drift=0.125))  # 0.8 * 5 % + 0.2 * 25 % = 9 %
+    assert player.drift == pytest.approx(0.09)
+    player.step = 3
+    with pytest.raises(Diverged) as caught:
+        player.watch(measures(drift=0.1))  # 0.8 * 9 % + 0.2 * 20 % = 11.2 %
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(
+        "expected the winners' error to stay within 10% of the opponent's, got +11.2% at step 3 of iteration 1;"
+    )
+
+
+def test_a_falling_error_never_stops_the_run(world: Path) -> None:
+    player = trainer(world, max_winner_drift=0.01)
+    for step in range(1, 5):
+        player.step = step
+        player.watch(measures(drift=-0.4))
+    assert player.drift == pytest.approx(-0.8)
+
+
+def test_sft_is_watched_for_its_loss_alone(world: Path) -> None:
+    player = trainer(world, objective="sft")
+    player.watch({"loss": 1e6, "error_winner": 1e6, "grad_norm": 1.0})
+    with pytest.raises(Diverged):
+        player.watch({"loss": math.nan, "error_winner": math.nan, "grad_norm": 1.0})
+
+
+def test_a_run_that_ruins_the_winners_ends_with_its_last_good_checkpoint(world: Path, tmp_path: Path) -> None:
+    player = trainer(world, steps=[30], learning_rate=0.05, max_winner_drift=0.1, checkpoint_every=1)
+    kept: list[int] = []
+    with pytest.raises(Diverged):
+        player.run(lambda *_: None, lambda _: kept.append(player.step), tmp_path)
+    assert kept == list(range(1, player.step))
+    assert len(player.history) == player.step - 1 >= 1
+
+
+# --- schedules and orders
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"),
+    [
+        (0, 1e-7),  # 2e-5 * 1 / 200
+        (49, 5e-6),  # the paper's first iteration ends here: 50 / 200 = 0.25 of 2e-5
+        (199, 2e-5),
+        (200, 2e-5),  # (500 - 200) / (500 - 200)
+        (350, 1e-5),  # 150 / 300
+        (499, 2e-5 / 300),
+        (500, 0.0),
+        (9999, 0.0),
+    ],
+)
+def test_learning_rate_of_the_paper(step: int, rate: float) -> None:
+    assert learning_rate(preset("sd15-paper").train, step) == pytest.approx(rate, rel=1e-9, abs=1e-15)
+
+
+def test_constant_learning_rate() -> None:
+    config = TrainConfig(learning_rate=1e-4, warmup_steps=4, decay_steps=None)
+    assert [learning_rate(config, step) for step in (0, 1, 3, 4, 10**6)] == pytest.approx(
+        [2.5e-5, 5e-5, 1e-4, 1e-4, 1e-4]
+    )
+    assert learning_rate(TrainConfig(learning_rate=1e-4, warmup_steps=0, decay_steps=None), 0) == 1e-4
+
+
+def test_decay_may_end_with_the_warmup() -> None:
+    config = TrainConfig(learning_rate=1.0, warmup_steps=2, decay_steps=2)
+    assert [learning_rate(config, step) for step in range(4)] == [0.5, 1.0, 0.0, 0.0]
+
+
+def test_the_rate_is_the_optimizers(world: Path) -> None:
+    player = trainer(world, warmup_steps=4, learning_rate=4e-4)
+    rates = [player.train_step()["learning_rate"] for _ in range(2)]
+    assert rates == pytest.approx([1e-4, 2e-4])
+    assert player.optimizer.param_groups[0]["lr"] == rates[1]
+
+
+IDS = [f"p{i}" for i in range(10)]
+
+
+def test_every_epoch_is_a_permutation_of_its_own() -> None:
+    drawn = order(IDS, 0, 1, 0, 50)
+    epochs = [[row for epoch, row in drawn if epoch == e] for e in range(5)]
+    assert all(sorted(rows) == list(range(10)) for rows in epochs)
+    assert len({tuple(rows) for rows in epochs}) == 5
+    assert [epoch for epoch, _ in drawn] == sorted(epoch for epoch, _ in drawn)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 10, 11, 30])
+def test_the_order_does_not_depend_on_the_chunks(size: int) -> None:
+    whole = order(IDS, 0, 1, 0, 60)
+    chunks = [order(IDS, 0, 1, start, size) for start in range(0, 60, size)]
+    assert [place for chunk in chunks for place in chunk][:60] == whole
+
+
+def test_the_order_depends_on_seed_and_iteration() -> None:
+    orders = {tuple(order(IDS, seed, iteration, 0, 10)) for seed in (0, 1) for iteration in (1, 2)}
+    assert len(orders) == 4
+
+
+# --- what is refused
+
+
+def refusal(world: Path, **options: object) -> str:
+    with pytest.raises(SpinError) as caught:
+        trainer(world, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_too_few_pairs(world: Path) -> None:
+    assert refusal(world, batch_size=32) == (
+        "expected at least one batch of pairs (32), got 24 in the data set; lower train.batch_size or add images"
+    )
+
+
+def test_missing_losers(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "base", tmp_path / "base")
+    shutil.copytree(world / "data", tmp_path / "data")
+    tiny.losers(tmp_path / "losers.safetensors", Dataset(world / "data").ids[:-2])
+    assert refusal(tmp_path) == "expected a loser for every pair, got none for 2, e.g. p022; generate"
+
+
+# --- the data it reads
+
+
+def test_the_data_set(world: Path) -> None:
+    data = Dataset(world / "data")
+    assert len(data) == PAIRS
+    assert (data.ids[:2], data.prompts[:2]) == (["p000", "p001"], ["colour 0", "colour 1"])
+    assert data.latents_shape == (4, 8, 8)
+    wanted = tiny.random_latents(PAIRS, seed=2)
+    # Rows of both files, in the order asked for, one twice.
+    found = data.winners(["p023", "p000", "p012", "p000"])
+    assert found.dtype == torch.float32
+    assert torch.equal(found, wanted[[23, 0, 12, 0]])
+
+
+def test_held_out_rows(world: Path) -> None:
+    data = Dataset(world / "data")
+    rows = data.held_out("test", 5)
+    assert [(row.id, row.prompt) for row in rows] == [("test-0", "test 0"), ("test-1", "test 1")]
+    assert rows[1].image.size == (32, 32)
+    # tiny.dataset paints (40 * row, 80, 120)
+    assert rows[1].image.getpixel((3, 3)) == (40, 80, 120)
+    assert [row.id for row in data.held_out("validation", 1)] == ["validation-0"]
+    assert not {row.id for row in rows} & set(data.ids)
+
+
+def test_a_shard_may_hold_no_losers(tmp_path: Path) -> None:
+    # More shards than batches: the last ones are empty.
+    files: Sequence[Path] = [tmp_path / "empty.safetensors", tmp_path / "full.safetensors"]
+    Latents.write(files[0], [], torch.zeros(0, *tiny.LATENTS))
+    Latents.write(files[1], ["a", "b"], tiny.random_latents(2, seed=1))
+    latents = Latents(files)
+    assert latents.shape == tiny.LATENTS
+    assert "a" in latents
+    assert "c" not in latents
+    assert torch.equal(latents.of(["b"])[0], tiny.random_latents(2, seed=1)[1])
