@@ -110,14 +110,14 @@ def test_contact_sheet_layout() -> None:
     first = {p.id: Image.new("RGB", (64, 64), (255, 0, 0)) for p in prompts}
     second = {p.id: Image.new("RGB", (64, 64), (0, 255, 0)) for p in prompts}
     sheet = contact_sheet([first, second], prompts)
-    # label 84 + 3 * (64 + 4), head 16 + (2 + 1) * (64 + 4)
-    assert sheet.size == (288, 220)
-    # centre of column 2 is 84 + 2 * 68 + 32 = 252; centres of the rows 16 + 32 = 48, + 68, + 68
-    assert [sheet.getpixel((252, y)) for y in (48, 116, 184)] == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    # 64 px are shown at 96: label 84 + 3 * (96 + 4), head 16 + (2 + 1) * (96 + 4)
+    assert sheet.size == (384, 316)
+    # centre of column 2 is 84 + 2 * 100 + 48 = 332; centres of the rows 16 + 48 = 64, + 100, + 100
+    assert [sheet.getpixel((332, y)) for y in (64, 164, 264)] == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
 
 
-@pytest.mark.parametrize(("width", "side"), [(32, 64), (100, 100), (512, 128)])
-def test_pictures_are_shown_at_64_to_128_pixels(width: int, side: int) -> None:
+@pytest.mark.parametrize(("width", "side"), [(32, 96), (100, 100), (512, 160)])
+def test_pictures_are_shown_at_96_to_160_pixels(width: int, side: int) -> None:
     prompts = held_out(1, width)
     sheet = contact_sheet([{"i0": Image.new("RGB", (width, width))}], prompts)
     assert sheet.size == (84 + side + 4, 16 + 2 * (side + 4))
@@ -127,4 +127,4 @@ def test_pictures_are_shown_at_64_to_128_pixels(width: int, side: int) -> None:
 def test_any_prompt_can_head_a_column(prompt: str) -> None:
     prompts = held_out(2, prompt=prompt)
     sheet = contact_sheet([{p.id: p.image for p in prompts}], prompts)
-    assert sheet.getpixel((84 + 32, 16 + 32)) == (0, 0, 255)
+    assert sheet.getpixel((84 + 48, 16 + 48)) == (0, 0, 255)
