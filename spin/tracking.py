@@ -52,7 +52,8 @@ def _experiment(client: Any, name: str) -> str:
     if found := client.get_experiment_by_name(name):
         return str(found.experiment_id)
     try:
-        return str(client.create_experiment(name))
+        # Without the kind, MLflow's UI shows runs as evaluations of language models.
+        return str(client.create_experiment(name, tags={"mlflow.experimentKind": "custom_model_development"}))
     except MlflowException:
         # Another pod was faster.
         return str(client.get_experiment_by_name(name).experiment_id)
