@@ -31,7 +31,7 @@ from spin.errors import SpinError
 HOST = "127.0.0.1"
 REGION = "us-east-1"
 BUCKETS = ("spin", "mlflow")
-START_SECONDS = 60.0
+START_SECONDS = 180.0
 STOP_SECONDS = 10.0
 
 # SeaweedFS listens for gRPC at the HTTP port + 10000, and its worker finds the admin server by that rule alone. Both
