@@ -168,6 +168,8 @@ def _readable(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     got = first.get("input")
     shown = "" if isinstance(got, dict | BaseModel) else f", got {got!r}"
+    if message.startswith("Input should "):
+        return f"expected {where} to {message.removeprefix('Input should ')}{shown}; change it"
     return f"{where}: {message}{shown}" if where else message
 
 

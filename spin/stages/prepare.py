@@ -58,11 +58,14 @@ def prepare(
 def _prepare(run: Run, config: RunConfig, inputs: dict[str, Any], clock: Clock) -> Index:
     from spin import models
     from spin.diffusion import alphas_cumprod
+    from spin.scorers.clip import Clip
 
     folder = models.find(config.base_model)
     model = models.load(folder)
     shape = model.latents_shape(config.data.resolution)
     alphas_cumprod(model.scheduler_config)
+    # A judge that does not load would be noticed only when the first player is scored.
+    Clip(config.score.clip_model, model.device)
     with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
         work = Path(scratch)
         counts, rejections = _write(work / "dataset", config, model)
@@ -77,6 +80,11 @@ def _prepare(run: Run, config: RunConfig, inputs: dict[str, Any], clock: Clock) 
             raise SpinError(
                 f"expected {what}, got {accepted} pairs from {config.data.source} ({listed}); add images or lower "
                 "train.batch_size"
+            )
+        if not (counts["validation"] and counts["test"]):
+            raise SpinError(
+                f"expected held-out prompts for validation and test, got {counts['validation']} and {counts['test']} "
+                f"from {config.data.source}; raise data.held_out_share or add images"
             )
         dataset = run.store.put_folder(work / "dataset")
         logger.info("prepare: data set %s stored, %.1f MB", dataset.digest[:12], dataset.size / 1e6)

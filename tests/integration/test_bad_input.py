@@ -162,6 +162,17 @@ def resolution_that_does_not_fit(attempt: Attempt) -> str:
     return "expected data.resolution to be a multiple of 8 for this model, got 36; set it to 32 or 40"
 
 
+def nothing_held_out(attempt: Attempt) -> str:
+    attempt.images(12)
+    attempt.override(data={"held_out_share": 0})
+    return "expected held-out prompts for validation and test, got 0 and 0 .+; raise data.held_out_share"
+
+
+def missing_judge(attempt: Attempt) -> str:
+    attempt.override(score={"clip_model": str(attempt.folder / "nowhere")})
+    return "expected a CLIP model with safetensors, got .+; set score.clip_model"
+
+
 def missing_base(attempt: Attempt) -> str:
     attempt.options["base-model"] = str(attempt.folder / "nowhere")
     return "expected .+, got .+/nowhere"
@@ -210,7 +221,7 @@ def unknown_section(attempt: Attempt) -> str:
 
 def override_out_of_range(attempt: Attempt) -> str:
     attempt.override(train={"learning_rate": -1})
-    return "train.learning_rate: .+ greater than 0, got -1"
+    return "expected train.learning_rate to be greater than 0, got -1"
 
 
 def override_that_is_a_number(attempt: Attempt) -> str:
@@ -281,7 +292,8 @@ def bad_endpoint(attempt: Attempt) -> str:
 
 CASES = [
     missing_folder, folder_without_images, unreadable_images, images_without_captions, fewer_pairs_than_a_batch,
-    wrong_kind_of_source, resolution_that_does_not_fit, missing_base, base_that_is_no_pipeline, base_with_a_pickle,
+    wrong_kind_of_source, resolution_that_does_not_fit, nothing_held_out, missing_judge,
+    missing_base, base_that_is_no_pipeline, base_with_a_pickle,
     base_with_a_pickle_only, base_with_damaged_weights, base_without_a_part, unknown_preset, unknown_override,
     unknown_section, override_out_of_range, override_that_is_a_number, section_that_is_a_number,
     overrides_that_are_a_list, overrides_that_are_no_yaml, overrides_in_no_file, overrides_in_a_binary_file,

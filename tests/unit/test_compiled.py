@@ -57,7 +57,7 @@ def test_what_is_in_order(params: dict[str, Any]) -> None:
         ({"overrides": {"train": {"betta": [1]}}}, "expected a known option, got 'train.betta'; did you mean 'beta'?"),
         ({"overrides": {"trian": {}}}, "expected a known option, got 'trian'; did you mean 'train'?"),
         ({"overrides": {"train": 5}}, "expected a mapping of options under train, got 5; "),
-        ({"overrides": {"train": {"steps": [0]}}}, "train.steps.0: Input should be greater than 0, got 0"),
+        ({"overrides": {"train": {"steps": [0]}}}, "expected train.steps.0 to be greater than 0, got 0; change it"),
         ({"overrides": {"train": {"batch_size": 7, "micro_batch_size": 2}}}, "multiple of micro_batch_size, got 7"),
         ({"overrides": [1]}, "expected STRUCT for parameter 'overrides', got [1]; "),
     ],
