@@ -49,6 +49,7 @@ def main(
 ) -> None:
     """Self-play on OpenMoji with the embedded base: two iterations in a few minutes on two CPU cores."""
     # A terminated demo stops what it has started, as an interrupted one does.
+    folder = folder.resolve()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if ui:
