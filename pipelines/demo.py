@@ -48,8 +48,8 @@ def main(
     port: Annotated[int, typer.Option(help="Port of the MLflow UI.")] = 5000,
 ) -> None:
     """Self-play on OpenMoji with the embedded base: two iterations in a few minutes on two CPU cores."""
-    # A terminated demo stops what it has started, as an interrupted one does.
     folder = folder.resolve()
+    # A terminated demo stops what it has started, as an interrupted one does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if ui:
