@@ -62,11 +62,13 @@ def test_unknown_options_name_the_nearest(overrides: dict[str, Any], message: st
     ],
 )
 def test_values_out_of_range_name_their_place(overrides: dict[str, Any], where: str) -> None:
-    assert refusal(overrides).startswith(f"{where}: ")
+    message = refusal(overrides)
+    assert message.startswith((f"expected {where} to ", f"{where}: ")), message
 
 
 def test_what_was_got_is_shown() -> None:
-    assert refusal({"train": {"batch_size": -8}}).endswith(", got -8 (in overrides)")
+    wanted = "expected train.batch_size to be greater than 0, got -8; change it (in overrides)"
+    assert refusal({"train": {"batch_size": -8}}) == wanted
 
 
 @pytest.mark.parametrize("overrides", [[], "train.beta=1", None, 3, [{"train": {}}]])
