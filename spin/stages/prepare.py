@@ -121,6 +121,14 @@ def _model_files(folder: Path, target: Path) -> Path:
         link = target / path.relative_to(folder)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path.resolve())
+    index = json.loads((target / "model_index.json").read_text())
+    # A part that is left behind (safety checker, feature extractor) must not be asked for by those who load the folder.
+    kept = (*models.PARTS, "scheduler")
+    left = [name for name, value in index.items() if isinstance(value, list) and value[0] and name not in kept]
+    if left:
+        (target / "model_index.json").unlink()
+        index |= {name: [None, None] for name in left} | {"requires_safety_checker": False}
+        (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     return target
 
 
