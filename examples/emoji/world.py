@@ -1,12 +1,16 @@
-"""Fetch and render the four emoji styles into one array: ``python examples/emoji/world.py``.
+"""Fetch and render the emoji drawings into one array: ``python -m examples.emoji.world``.
 
-noto (Apache-2.0), twemoji (CC-BY-4.0) and fluent-emoji-flat (MIT) come from their npm packages, OpenMoji
-(CC BY-SA 4.0) from PyPI. Nothing of them is committed. OpenMoji drawings of validation and test concepts are
-marked ``held_out``: no model of this folder ever trains on them.
+The base draws four styles: noto (Apache-2.0), twemoji (CC-BY-4.0) and fluent-emoji-flat (MIT) from their npm
+packages, OpenMoji (CC BY-SA 4.0) from PyPI. Autoencoder and judge see two older sets beside them: emojione
+(CC-BY-4.0) and noto-v1 (Apache-2.0). Nothing of them is committed.
+
+400 (concept, style) pairs are ``held_out``: no model of this folder ever trains on them. They are OpenMoji for
+all validation and test concepts, and one of the other three styles for 250 training concepts.
 """
 
 import json
 import subprocess
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,13 +22,21 @@ BUILD = Path(__file__).resolve().parents[2] / "build" / "emoji"
 SIZE = 64
 ICONIFY = ("noto", "twemoji", "fluent-emoji-flat")
 STYLES = (*ICONIFY, "openmoji")
+OLDER = ("emojione", "noto-v1")
 # npm package versions are pinned so that a second build renders the same pixels.
-PACKAGES = {"noto": "1.2.9", "twemoji": "1.2.5", "fluent-emoji-flat": "1.2.6"}
+PACKAGES = {
+    "noto": "1.2.9",
+    "twemoji": "1.2.5",
+    "fluent-emoji-flat": "1.2.6",
+    "emojione": "1.2.3",
+    "noto-v1": "1.2.5",
+}
+HELD_OUT_TRAIN_CONCEPTS = 250
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One row of the image array; ``player`` marks the concepts that the base learns to draw."""
+    """One row of the image array; ``player`` marks the concepts and styles that the base learns to draw."""
 
     codepoint: str
     prompt: str
@@ -33,27 +45,53 @@ class Picture:
     player: bool
 
 
+def held_out_pairs() -> set[tuple[str, str]]:
+    """(code point, style) of the 400 drawings that no model sees; each concept misses at most one style."""
+    pairs = {(concept.codepoint, "openmoji") for concept in concepts() if concept.split != "train"}
+    train = concepts("train")
+    for i, k in enumerate(np.random.RandomState(7).permutation(len(train))[:HELD_OUT_TRAIN_CONCEPTS]):
+        pairs.add((train[k].codepoint, ICONIFY[i % len(ICONIFY)]))
+    return pairs
+
+
+def shows_held_out(codepoint: str, style: str, pairs: set[tuple[str, str]]) -> bool:
+    """Compositions quote their parts (a black cat is a cat), and noto-v1 shares drawings with noto."""
+    style = style.removesuffix("-v1")
+    return any((part, style) in pairs for part in codepoint.split("-"))
+
+
 def bare(codepoint: str) -> str:
     """Drop the variation selector, on which the sets disagree."""
     return "-".join(part for part in codepoint.upper().split("-") if part != "FE0F")
+
+
+def skin_tone(codepoint: str) -> bool:
+    return any("1F3FB" <= part <= "1F3FF" and len(part) == 5 for part in codepoint.split("-"))
 
 
 def fetch() -> Path:
     """Install the npm packages below ``build/emoji`` and return their folder."""
     target = BUILD / "npm"
     folder = target / "node_modules" / "@iconify-json"
-    if not folder.is_dir():
+    if not all((folder / name).is_dir() for name in PACKAGES):
         target.mkdir(parents=True, exist_ok=True)
-        names = [f"@iconify-json/{name}@{PACKAGES[name]}" for name in ICONIFY]
+        names = [f"@iconify-json/{name}@{version}" for name, version in PACKAGES.items()]
         subprocess.run(["npm", "install", "--ignore-scripts", "--prefix", str(target), *names], check=True)
     return folder
 
 
 def iconify(folder: Path, style: str) -> tuple[dict[str, str], dict]:
-    """Return the style's code point -> icon name map and its parsed ``icons.json``."""
+    """Return the style's code point -> icon name map (skin tones left out) and its parsed ``icons.json``."""
     chars = json.loads((folder / style / "chars.json").read_text())
     icons = json.loads((folder / style / "icons.json").read_text())
-    return {bare(code): name for code, name in chars.items() if name in icons["icons"]}, icons
+    names = {bare(code): name for code, name in chars.items() if name in icons["icons"]}
+    return {code: name for code, name in names.items() if not skin_tone(code)}, icons
+
+
+def older(folder: Path, style: str, codes: dict[str, str]) -> tuple[dict[str, str], dict]:
+    """As ``iconify``, for sets without code points: their names are looked up in ``codes``."""
+    icons = json.loads((folder / style / "icons.json").read_text())
+    return {codes[name]: name for name in icons["icons"] if name in codes}, icons
 
 
 def iconify_svg(icons: dict, name: str) -> str:
@@ -74,22 +112,21 @@ def build() -> tuple[np.ndarray, list[Picture]]:
         return np.load(array), [Picture(**row) for row in json.loads(index.read_text())]
     folder = fetch()
     sets = {style: iconify(folder, style) for style in ICONIFY}
-    played = {concept.codepoint: concept for concept in concepts()}
+    codes = {name: code for chars, _ in sets.values() for code, name in chars.items()}
+    sets |= {style: older(folder, style, codes) for style in OLDER}
+    played = {concept.codepoint: concept.prompt for concept in concepts()}
+    held_out = held_out_pairs()
     images, rows = [], []
-    for code, name in sorted(sets["noto"][0].items()):
-        if "-" in code or any(code not in chars for chars, _ in sets.values()):
-            continue
-        try:
-            drawings = {"openmoji": openmoji_svg(code)}
-        except FileNotFoundError:
-            continue
-        drawings |= {style: iconify_svg(icons, chars[code]) for style, (chars, icons) in sets.items()}
-        concept = played.get(code)
-        for style in STYLES:
-            held_out = style == "openmoji" and concept is not None and concept.split != "train"
-            prompt = concept.prompt if concept else name.replace("-", " ")
-            images.append(np.asarray(render_svg(drawings[style], SIZE)))
-            rows.append(Picture(code, prompt, style, held_out, concept is not None))
+    for code in sorted({code for chars, _ in sets.values() for code in chars}):
+        drawings = {style: iconify_svg(icons, chars[code]) for style, (chars, icons) in sets.items() if code in chars}
+        with suppress(FileNotFoundError):
+            drawings["openmoji"] = openmoji_svg(code)
+        name = next(chars[code] for chars, _ in sets.values() if code in chars)
+        for style, drawing in drawings.items():
+            images.append(np.asarray(render_svg(drawing, SIZE)))
+            player = code in played and style in STYLES
+            prompt = played.get(code, name.replace("-", " "))
+            rows.append(Picture(code, prompt, style, shows_held_out(code, style, held_out), player))
     np.save(array, np.stack(images))
     index.write_text(json.dumps([asdict(row) for row in rows]))
     return np.stack(images), rows
@@ -97,4 +134,6 @@ def build() -> tuple[np.ndarray, list[Picture]]:
 
 if __name__ == "__main__":
     pixels, pictures = build()
-    print(f"{len(pictures)} pictures of {len({p.codepoint for p in pictures})} concepts in {BUILD}")
+    for style in (*STYLES, *OLDER):
+        print(f"{style:18} {sum(picture.style == style for picture in pictures)}")
+    print(f"{len(pictures)} pictures, {sum(picture.held_out for picture in pictures)} of them held out, in {BUILD}")
