@@ -45,7 +45,8 @@ class Classifier(nn.Module):
 def new_processor() -> CLIPImageProcessorPil:
     """Resize to 64 pixels, values to [-1, 1]."""
     side = {"height": 64, "width": 64}
-    return CLIPImageProcessorPil(size=side, crop_size=side, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    grey = [0.5] * 3
+    return CLIPImageProcessorPil(size=side, crop_size=side, do_center_crop=False, image_mean=grey, image_std=grey)
 
 
 def vocabulary(rows: list[Picture]) -> list[str]:

@@ -8,7 +8,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from examples.emoji.world import STYLES, Picture
 
-LENGTH = 12
+LENGTH = 16
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,-"
 
 
