@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo ui demo-clean test lint compile clean
+.PHONY: help demo ui demo-clean experiment test lint compile clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,6 +24,9 @@ ui: $(READY) ## Reopen the MLflow UI on the demo's data
 
 demo-clean: ## Remove the demo's data
 	rm -rf build/demo
+
+experiment: $(READY) ## Self-play against SFT on the test prompts, three seeds (about half an hour)
+	$(BIN)/python -m examples.emoji.experiment
 
 test: $(READY) ## Every test that needs no docker
 	$(BIN)/python -m pytest -m 'not docker'

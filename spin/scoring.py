@@ -53,7 +53,7 @@ def score_player(
         scorers.append(StyleShare(clip, config.score.styles))
     table, pictures = [], []
     for split, rows in held_out.items():
-        images = _draw(model, config, rows, data.latents_shape, iteration)
+        images = draw(model, config, rows, data.latents_shape, iteration)
         n = config.score.images_per_prompt
         prompts = [row.prompt for row in rows for _ in range(n)]
         scores = {scorer.name: scorer.score(images, prompts).tolist() for scorer in scorers}
@@ -95,7 +95,7 @@ def score_player(
     )
 
 
-def _draw(
+def draw(
     model: models.Model, config: RunConfig, rows: list[HeldOut], shape: tuple[int, ...], iteration: int
 ) -> list[Image.Image]:
     """Draw ``images_per_prompt`` images per row; noise depends on the prompt's id and the sample, not on the player."""
@@ -110,6 +110,10 @@ def _draw(
     return images
 
 
+def decode_png(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
 def _png(image: Image.Image) -> bytes:
     stream = io.BytesIO()
     image.save(stream, "PNG")
@@ -119,7 +123,7 @@ def _png(image: Image.Image) -> bytes:
 def _first_images(path: Path) -> dict[str, Image.Image]:
     """Return the first test image of each prompt id."""
     rows = pq.read_table(path, filters=[("sample", "=", 0), ("split", "=", "test")]).to_pylist()
-    return {row["id"]: Image.open(io.BytesIO(row["image"])).convert("RGB") for row in rows}
+    return {row["id"]: decode_png(row["image"]) for row in rows}
 
 
 def _metrics(

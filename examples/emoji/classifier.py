@@ -27,9 +27,11 @@ WIDTH = 192
 class Classifier(nn.Module):
     """Unit embeddings [B, WIDTH] of drawings, and one unit vector per concept to compare them with."""
 
-    def __init__(self, concepts: int):
+    def __init__(self, concepts: int, seed: int = 0):
         super().__init__()
-        config = ResNetConfig(embedding_size=48, hidden_sizes=[96, 192, 384], depths=[2, 2, 2], layer_type="basic")
+        # The distance's features are few, since a Fréchet distance of few images wants few dimensions.
+        sizes, depths = ([64, 128, 128], [1, 2, 2]) if seed else ([96, 192, 384], [2, 2, 2])
+        config = ResNetConfig(embedding_size=48, hidden_sizes=sizes, depths=depths, layer_type="basic")
         self.body = ResNetModel(config)
         self.head = nn.Linear(config.hidden_sizes[-1], WIDTH)
         self.concepts = nn.Parameter(torch.randn(concepts, WIDTH) * 0.05)
@@ -126,7 +128,7 @@ def main(
 
     seen = torch.tensor([i for i, row in enumerate(rows) if not row.held_out])
     tests = {"known": chosen(False, 4), "held_out": chosen(True, 1)}
-    classifier = Classifier(len(codes)).to(DEVICE, memory_format=torch.channels_last)
+    classifier = Classifier(len(codes), seed).to(DEVICE, memory_format=torch.channels_last)
     training = TimedTraining(classifier, FOLDER / f"seed-{seed}", minutes, lr=2e-3, ema=0.998, weight_decay=0.05)
 
     def loss() -> torch.Tensor:

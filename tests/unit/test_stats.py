@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from spin.stats import Estimate, bootstrap, per_prompt, wins
+from spin.stats import Estimate, bootstrap, bootstrap_seeds, per_prompt, wins
 
 
 def test_two_prompts_by_hand() -> None:
@@ -35,6 +35,17 @@ def test_same_seed_draws_the_same_prompts_so_rows_are_paired() -> None:
     assert (shifted.low - one.low, shifted.high - one.high) == pytest.approx((2.0, 2.0))
     assert bootstrap(values, 200) == one
     assert bootstrap(values, 200, seed=1) != one
+
+
+def test_seeds_that_disagree_widen_the_interval() -> None:
+    prompts = np.random.default_rng(3).normal(size=50)
+    agree, disagree = np.stack([prompts] * 3), np.stack([prompts - 1, prompts, prompts + 1])
+    assert bootstrap_seeds(agree, 2000).value == pytest.approx(prompts.mean())
+    narrow, wide = bootstrap_seeds(agree, 2000), bootstrap_seeds(disagree, 2000)
+    # Variances add: that of the prompts' mean, and that of the mean of 3 draws from (-1, 0, 1), 2/9.
+    spread = 1.96 * np.sqrt(prompts.var() / 50 + 2 / 9)
+    assert (narrow.high - narrow.low) / 2 == pytest.approx(1.96 * prompts.std() / np.sqrt(50), rel=0.1)
+    assert (wide.high - wide.low) / 2 == pytest.approx(spread, rel=0.15)
 
 
 def test_wins_with_ties_at_one_half() -> None:
