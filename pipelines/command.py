@@ -65,8 +65,8 @@ def _upload(package: Path, host: str, namespace: str, values: dict[str, Any] | N
     from pipelines import upload
 
     client = upload.connect(host or None, namespace=namespace or None)
-    uploaded = upload.upload(client, package)
-    made = "created the pipeline with" if uploaded.created else "added"
+    uploaded = upload.upload(client, package, reuse=values is not None)
+    made = "reused" if uploaded.reused else "created the pipeline with" if uploaded.created else "added"
     typer.echo(f"{made} version {uploaded.version_name}: {uploaded.url}")
     if values is not None:
         started = upload.run(

@@ -144,8 +144,9 @@ def spin_diffusion(
             gpu_node_selector {}); sd15-paper is the paper's SD-1.5 run; sd15-lora fits one GPU.
         iterations: Rounds of self-play, at least 1. The same run_key with a higher number goes on where it ended.
         run_key: Name of the run in the store. Empty: a new run. The name of an earlier run resumes it.
-        base_model: Diffusers folder or hub name to start from. Empty: the preset's.
-        data_source: Real images with captions: a folder, .tar, .parquet or hf:NAME. Empty: the preset's.
+        base_model: Diffusers folder (on a disk or s3://) or hub name to start from. Empty: the preset's.
+        data_source: Real images with captions: a folder, .tar or .parquet (on a disk or s3://), or hf:NAME. Empty: the
+            preset's.
         overrides: Options laid over the preset, nested by stage, e.g. {"train": {"beta": [3000]}}.
         generate_shards: Pods that draw the opponent's images side by side.
         model_name: Name of the registered model in MLflow.

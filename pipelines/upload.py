@@ -37,13 +37,14 @@ _HINTS = {
 
 @dataclass(frozen=True)
 class Uploaded:
-    """A pipeline version on the server; `created` tells whether the pipeline itself is new as well."""
+    """A pipeline version on the server; `created`: the pipeline itself is new; `reused`: the version was there."""
 
     pipeline_id: str
     version_id: str
     version_name: str
     url: str
     created: bool
+    reused: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,13 @@ def connect(
     return client
 
 
-def upload(client: Client, package: Path, name: str = PIPELINE_NAME, version: str | None = None) -> Uploaded:
+def upload(
+    client: Client, package: Path, name: str = PIPELINE_NAME, version: str | None = None, reuse: bool = False
+) -> Uploaded:
     """Uploads `package` as a new version of pipeline `name`, which is created when the server lacks it.
 
-    A version of that name on the server is never replaced: that is an error, and nothing is uploaded.
+    A version of that name on the server is never replaced: that is an error, and nothing is uploaded. With `reuse`
+    it is taken as it is, if its name stands for one commit (`-dirty` may stand for anything).
     """
     version = version or version_name()
     _check(package)
@@ -162,7 +166,10 @@ def upload(client: Client, package: Path, name: str = PIPELINE_NAME, version: st
         with _answers(client.host, f"list the versions of pipeline {name}"):
             same = client.list_pipeline_versions(pipeline_id, filter=_named(version), page_size=1).pipeline_versions
         if same:
-            url = _version_url(client, pipeline_id, same[0].pipeline_version_id)
+            version_id = same[0].pipeline_version_id
+            url = _version_url(client, pipeline_id, version_id)
+            if reuse and not version.endswith("-dirty"):
+                return Uploaded(pipeline_id, version_id, version, url, created=False, reused=True)
             raise SpinError(
                 f"expected a new version name, got {version}, which pipeline {name} already has ({url}); "
                 "nothing was uploaded: commit your changes or bump spin.__version__"

@@ -25,7 +25,8 @@ class DataConfig(_Config):
     """Where the winners (real images) come from and how they are cut."""
 
     source: str = "emoji"
-    """``emoji``; a folder (imagefolder with metadata.jsonl); a .tar (WebDataset); a .parquet file; ``hf:NAME``."""
+    """``emoji``; a folder (imagefolder with metadata.jsonl); a .tar (WebDataset); a .parquet file; any of these on the
+    run's S3 server as ``s3://bucket/path``; ``hf:NAME``."""
     split: str = "train"
     """Split to read where the source has several (``hf:``)."""
     resolution: Positive = 512
@@ -102,6 +103,15 @@ class TrainConfig(_Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _rate_above_zero(self) -> Self:
+        if self.decay_steps is not None and max(self.steps) > self.decay_steps:
+            raise ValueError(
+                f"expected decay_steps of at least the longest iteration's steps ({max(self.steps)}), got "
+                f"{self.decay_steps}; later steps would train at rate 0: raise it, or set null for a constant rate"
+            )
+        return self
+
     def of(self, iteration: int) -> tuple[float, int]:
         """Return (beta, steps) of 1-based ``iteration``."""
         last = iteration - 1
@@ -139,7 +149,7 @@ class RunConfig(_Config):
 
     preset: str
     base_model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    """Diffusers folder, ``s3://`` folder of the store, or hub name; ``emoji`` ships with the package."""
+    """Diffusers folder, one on the run's S3 server (``s3://bucket/path``), or hub name; ``emoji`` is in the package."""
     data: DataConfig = DataConfig()
     generate: GenerateConfig = GenerateConfig()
     train: TrainConfig = TrainConfig()

@@ -75,6 +75,8 @@ def resolve(name: str, base_model: str, data_source: str, overrides: dict[str, A
     named_options: dict[str, Any] = {}
     if base_model:
         named_options["base_model"] = base_model
-    if data_source:
+    if data_source and data_source != config.data.source:
+        # The preset's wording of the prompts and its styles are those of its own data.
         named_options["data"] = {"source": data_source}
+        named_options["score"] = {"template": "{prompt}", "styles": []}
     return override(override(config, named_options), overrides)

@@ -237,6 +237,45 @@ class Store:
             shutil.rmtree(part, ignore_errors=True)
         return target
 
+    def download(self, uri: str) -> Path:
+        """Return the local path of any file or folder of this server, ``s3://bucket/path``: a user's data or model.
+
+        What was fetched is kept in ``SPIN_CACHE`` until it changes on the server.
+
+        Raises:
+            SpinError: there is nothing at ``uri``, or a name in it leaves the folder.
+        """
+        bucket, _, path = uri.removeprefix("s3://").rstrip("/").partition("/")
+        with self._errors():
+            found = {
+                str(item.object_name): str(item.etag)
+                for item in self._client.list_objects(bucket, prefix=path, recursive=True)
+                if item.object_name == path or not path or str(item.object_name).startswith(f"{path}/")
+            }
+        if not found:
+            raise SpinError(f"expected a file or folder, got nothing at {uri} ({self.endpoint}); correct the path")
+        target = (
+            _cache()
+            / "downloads"
+            / digest_of([self.endpoint, bucket, path, found])
+            / PurePosixPath(path or bucket).name
+        )
+        if target.exists():
+            return target
+        target.parent.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=target.parent.parent, prefix=".part-"))
+        try:
+            for name in found:
+                inside = PurePosixPath(name).relative_to(path)
+                if ".." in inside.parts or name.endswith("/"):
+                    raise SpinError(f"expected plain file names under {uri}, got {name!r}; rename it")
+                with self._errors():
+                    self._client.fget_object(bucket, name, str(part / target.name / inside))
+            part.replace(target.parent)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        return target
+
     def _fetch(self, key: str, path: Path, digest: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._errors():

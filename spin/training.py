@@ -112,7 +112,6 @@ class Trainer:
         self.accumulation = config.batch_size // share
         self.alphas = alphas_cumprod(model.scheduler_config).to(model.device)
         self._make_players()
-        self.empty = model.embed([""])
         self.step, self.drift = 0, 0.0
         self.history: list[dict[str, float]] = []
 

@@ -29,8 +29,8 @@ def prepare_data(
         job_id: KFP run id.
         iterations: Number of self-play iterations that will follow.
         preset: emoji-cpu, sd15-paper or sd15-lora.
-        base_model: Diffusers folder or hub name; empty: the preset's.
-        data_source: Folder, .tar, .parquet or hf:NAME; empty: the preset's.
+        base_model: Diffusers folder (also s3://) or hub name; empty: the preset's.
+        data_source: Folder, .tar or .parquet (also s3://), or hf:NAME; empty: the preset's.
         overrides: Nested options laid over the preset, e.g. {"train": {"beta": [3000]}}.
         store_uri: s3://bucket/prefix of runs and objects.
         store_endpoint: Address of the S3 server.

@@ -37,7 +37,7 @@ def new_unet() -> UNet2DConditionModel:
         sample_size=LATENTS[1],
         in_channels=LATENTS[0],
         out_channels=LATENTS[0],
-        block_out_channels=(64, 128, 224),
+        block_out_channels=(64, 128, 208),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),

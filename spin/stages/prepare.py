@@ -60,7 +60,10 @@ def _prepare(run: Run, config: RunConfig, inputs: dict[str, Any], clock: Clock) 
     from spin.diffusion import alphas_cumprod
     from spin.scorers.clip import Clip
 
-    folder = models.find(config.base_model)
+    def local(name: str) -> str:
+        return str(run.store.download(name)) if name.startswith("s3://") else name
+
+    folder = models.find(local(config.base_model))
     model = models.load(folder)
     shape = model.latents_shape(config.data.resolution)
     alphas_cumprod(model.scheduler_config)
@@ -68,7 +71,8 @@ def _prepare(run: Run, config: RunConfig, inputs: dict[str, Any], clock: Clock) 
     Clip(config.score.clip_model, model.device)
     with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
         work = Path(scratch)
-        counts, rejections = _write(work / "dataset", config, model)
+        data = config.data.model_copy(update={"source": local(config.data.source)})
+        counts, rejections = _write(work / "dataset", config.model_copy(update={"data": data}), model)
         accepted = counts["train"]
         if accepted < config.train.batch_size:
             listed = ", ".join(f"{n} {why}" for why, n in rejections.most_common(4)) or "no rejections"
@@ -151,6 +155,8 @@ def _write(target: Path, config: RunConfig, model: "Model") -> tuple[Counter[str
     ids: list[str] = []
     latents: list[torch.Tensor] = []
     waiting: list[Row] = []
+    asked: set[str] = set()
+    repeated = 0
     precision = fast_precision(model.device)
 
     def encode() -> None:
@@ -176,6 +182,12 @@ def _write(target: Path, config: RunConfig, model: "Model") -> tuple[Counter[str
                 if sum(reasons.values()) <= MOST_REJECTIONS_LISTED:
                     rejected.write(json.dumps({"where": row.where, "reason": row.reason}) + "\n")
                 continue
+            if row.split != "train":
+                # Intervals are over prompts: a held-out prompt counts once, however many images it has.
+                if row.prompt in asked:
+                    repeated += 1
+                    continue
+                asked.add(row.prompt)
             counts[row.split] += 1
             index.append({"id": row.id, "prompt": row.prompt, "split": row.split})
             if row.split == "train":
@@ -190,6 +202,8 @@ def _write(target: Path, config: RunConfig, model: "Model") -> tuple[Counter[str
         encode()
     if ids:
         flush()
+    if repeated:
+        logger.info("prepare: %d further images of held-out prompts left out", repeated)
     text = pa.string()
     pq.write_table(
         pa.Table.from_pylist(index, pa.schema({"id": text, "prompt": text, "split": text})), target / "index.parquet"

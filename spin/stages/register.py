@@ -27,7 +27,8 @@ class Candidate:
 def register(place: Place, model_name: str, iterations: int) -> Index:
     """Register the player of every iteration and point ``challenger`` at the best on the validation prompts.
 
-    The test prompts have no part in the choice, so the table on them stays honest.
+    The test prompts have no part in the choice, so the table on them stays honest. Without a tracking server the
+    choice is made and nothing is registered.
 
     Raises:
         SpinError: an iteration is incomplete, or the registry is out of reach (nothing is lost: run it again).
@@ -49,11 +50,29 @@ def register(place: Place, model_name: str, iterations: int) -> Index:
         "model_name": model_name,
         "players": [c.training.outputs["model"].digest for c in candidates],
         "scores": [c.scores.outputs["scores"].digest for c in candidates],
+        "registered": bool(place.tracking_uri),
     }
     if index := run.find("register", inputs):
         logger.info("register: %s version %s is %s", model_name, index.facts["version"], index.facts["alias"])
         return index
-    return _register(place, run, config, prepared, candidates, best, inputs, clock)
+    facts: dict[str, Any] = {"model_name": model_name, "version": "", "alias": "", "versions": {}, "mlflow_run_id": ""}
+    if place.tracking_uri:
+        facts |= _register(place, run, config, prepared, candidates, best, model_name)
+    else:
+        uri = best.training.outputs["model"].uri
+        logger.info("register: no tracking_uri, nothing registered; the best is iteration %d, %s", best.iteration, uri)
+    return run.finish(
+        Index(
+            stage="register",
+            iteration=best.iteration,
+            inputs=inputs,
+            outputs={"model": best.training.outputs["model"]},
+            facts=facts | {"chosen_by": f"validation {PRIMARY}"},
+            seconds=clock.seconds,
+            items=len(candidates),
+            producer=producer(),
+        )
+    )
 
 
 def _register(
@@ -63,10 +82,9 @@ def _register(
     prepared: Index,
     candidates: list[Candidate],
     best: Candidate,
-    inputs: dict[str, Any],
-    clock: Clock,
-) -> Index:
-    name = str(inputs["model_name"])
+    name: str,
+) -> dict[str, Any]:
+    """Register all candidates, point the alias at the best, close the MLflow run; return the facts."""
     registry = tracking.Registry(place)
     versions = {}
     for candidate in candidates:
@@ -89,22 +107,9 @@ def _register(
     registry.point(name, alias, versions[best.iteration])
     parent = registry.close_run()
     logger.info("register: %s version %s (iteration %d) is %s", name, versions[best.iteration], best.iteration, alias)
-    return run.finish(
-        Index(
-            stage="register",
-            iteration=best.iteration,
-            inputs=inputs,
-            outputs={"model": best.training.outputs["model"]},
-            facts={
-                "model_name": name,
-                "version": versions[best.iteration],
-                "alias": alias,
-                "versions": {str(k): version for k, version in versions.items()},
-                "chosen_by": f"validation {PRIMARY}",
-                "mlflow_run_id": parent,
-            },
-            seconds=clock.seconds,
-            items=len(candidates),
-            producer=producer(),
-        )
-    )
+    return {
+        "version": versions[best.iteration],
+        "alias": alias,
+        "versions": {str(k): version for k, version in versions.items()},
+        "mlflow_run_id": parent,
+    }

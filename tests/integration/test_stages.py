@@ -2,8 +2,10 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +21,14 @@ from spin.errors import SpinError
 from spin.run import Index, Run
 from spin.stages import Place
 from spin.stages.generate import generate
+from spin.stages.prepare import prepare
 from spin.stages.register import register
 from spin.stages.score import score
 from spin.stages.train import train
 from spin.training import Trainer
+from tests import tiny
 from tests.integration.conftest import Played
-from tests.integration.world import World
+from tests.integration.world import BUCKET, World
 
 pytestmark = pytest.mark.integration
 
@@ -141,6 +145,56 @@ def test_held_out_prompts_are_never_trained_on(world: World, played: Played) -> 
     held_out = [{row.id for row in data.held_out(split, 100)} for split in ("validation", "test")]
     assert not held_out[0] & held_out[1]
     assert not (held_out[0] | held_out[1]) & set(data.ids)
+
+
+def test_model_and_data_from_the_server(world: World, played: Played) -> None:
+    """Addresses change nothing but the address; a file that changes on the server is fetched again."""
+    client = world.minio()
+    for folder, name in ((world.base, "base"), (world.images, "images")):
+        for path in folder.rglob("*"):
+            if path.is_file():
+                client.fput_object(BUCKET, f"users/ann/{name}/{path.relative_to(folder).as_posix()}", str(path))
+    place, options = world.place("from-server"), tiny.overrides(world.judge)
+    uris = [f"s3://{BUCKET}/users/ann/{name}" for name in ("base", "images/")]
+    index = prepare(place, "emoji-cpu", *uris, options, iterations=2)
+    assert index.outputs == played.indexes["prepare"].outputs
+    with pytest.raises(SpinError, match=rf"^expected a file or folder, got nothing at s3://{BUCKET}/users/ann/bas "):
+        prepare(world.place("nowhere"), "emoji-cpu", f"s3://{BUCKET}/users/ann/bas", uris[1], options, iterations=2)
+    client.remove_object(BUCKET, "users/ann/images/000.png")
+    fewer = prepare(world.place("fewer"), "emoji-cpu", *uris, options, iterations=2)
+    assert fewer.facts["rejected_rows"] == 1
+
+
+def test_a_held_out_prompt_counts_once(world: World, tmp_path: Path) -> None:
+    folder = tiny.images(tmp_path / "images", 40)
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["text"] = f"colour {int(row['text'].split()[1]) % 20}"
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    index = prepare(world.place("repeated"), "emoji-cpu", str(world.base), str(folder), tiny.overrides(world.judge))
+    table = pq.read_table(world.store().get(index.outputs["dataset"]) / "held-out.parquet")
+    prompts = table["prompt"].to_pylist()
+    assert len(prompts) == len(set(prompts)) == index.facts["validation_rows"] + index.facts["test_rows"]
+    assert index.facts["train_rows"] == 2 * (20 - len(prompts))
+
+
+def test_parts_that_a_run_leaves_out_are_not_asked_for(world: World, tmp_path: Path) -> None:
+    """SD-1.5 comes with a safety checker; its players load without one."""
+    folder = tmp_path / "base"
+    shutil.copytree(world.base, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    index["requires_safety_checker"] = True
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "safety_checker").mkdir()
+    (folder / "safety_checker" / "config.json").write_text("{}")
+    place = world.place("checked")
+    prepare(place, "emoji-cpu", str(folder), str(world.images), tiny.overrides(world.judge), iterations=1)
+    generate(place, 1)
+    player = world.store().get(train(place, 1).outputs["model"])
+    assert not (player / "safety_checker").exists()
+    assert StableDiffusionPipeline.from_pretrained(player).safety_checker is None
 
 
 def test_each_iteration_starts_from_the_last(played: Played) -> None:

@@ -139,6 +139,19 @@ def test_an_existing_version_is_refused_and_nothing_is_uploaded(
     assert len(server.versions) == 1
 
 
+def test_a_run_takes_the_version_that_is_there(server: ContractServer, client: Client, package: Path) -> None:
+    first = upload(client, package, version=VERSION)
+    again = upload(client, package, version=VERSION, reuse=True)
+    assert (again.version_id, again.created, again.reused) == (first.version_id, False, True)
+    assert len(server.versions) == 1
+
+
+def test_a_version_with_uncommitted_changes_is_never_taken_for_another(client: Client, package: Path) -> None:
+    upload(client, package, version=f"{VERSION}-dirty")
+    with pytest.raises(SpinError, match=r"^expected a new version name"):
+        upload(client, package, version=f"{VERSION}-dirty", reuse=True)
+
+
 def test_a_version_that_appears_meanwhile_is_a_conflict(
     server: ContractServer, client: Client, package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

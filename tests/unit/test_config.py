@@ -8,7 +8,7 @@ import pytest
 
 from spin.config import RunConfig, TrainConfig, integral, merge, nearest, override
 from spin.errors import SpinError
-from spin.presets import PRESETS, preset
+from spin.presets import PRESETS, preset, resolve
 
 
 def refusal(overrides: Any) -> str:
@@ -84,6 +84,19 @@ def test_a_section_is_not_replaced_by_a_value(value: Any) -> None:
 def test_micro_batches_must_fill_the_batch() -> None:
     message = refusal({"train": {"batch_size": 32, "micro_batch_size": 5}})
     assert "expected batch_size to be a multiple of micro_batch_size, got 32 and 5" in message
+
+
+def test_no_step_trains_at_rate_zero() -> None:
+    with pytest.raises(SpinError, match=r"expected decay_steps of at least the longest .+ \(501\), got 500; .+"):
+        override(preset("sd15-paper"), {"train": {"steps": [501]}})
+    assert override(preset("sd15-paper"), {"train": {"steps": [501], "decay_steps": None}}).train.steps == (501,)
+
+
+def test_other_data_leaves_the_small_worlds_wording() -> None:
+    own, other = resolve("emoji-cpu", "", "", {}).score, resolve("emoji-cpu", "", "./images", {}).score
+    assert (own.template, len(own.styles)) == ("{prompt}, openmoji style", 4)
+    assert (other.template, other.styles) == ("{prompt}", ())
+    assert resolve("emoji-cpu", "", "./images", {"score": {"template": "a {prompt}"}}).score.template == "a {prompt}"
 
 
 def test_whole_floats_are_counts_again() -> None:
