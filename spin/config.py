@@ -60,7 +60,9 @@ class TrainConfig(_Config):
     """How the player learns. Defaults are those of the paper's SD-1.5 runs (method section 5.1, rebuttal B.1)."""
 
     objective: Literal["spin", "sft"] = "spin"
-    """``spin``: logistic SPIN, Eq. 3.9; ``sft``: denoising loss on the winners alone."""
+    """``spin``: approximate SPIN, Eq. 3.9; ``sft``: denoising loss on the winners alone."""
+    link: Literal["logistic", "hinge", "correlation", "exponential"] = "logistic"
+    """Decreasing convex function of the advantage: see ``spin.losses``. The paper trains with the logistic one."""
     beta: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (2000.0, 5000.0)
     """Strength per iteration, the last one repeated. It multiplies 1/2 of the difference of the *mean*-reduced
     (over C, H, W) errors: see ``spin.losses.spin_loss``."""

@@ -199,7 +199,7 @@ class Trainer:
         reference = self.reference_errors(batch)
         winner, loser = self.errors(self.player, batch)
         assert loser is not None
-        return spin_loss(winner, loser, *reference, beta=self.beta)
+        return spin_loss(winner, loser, *reference, beta=self.beta, link=self.config.link)
 
     def train_step(self) -> dict[str, float]:
         """Do one optimizer step and return its measures."""

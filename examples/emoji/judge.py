@@ -32,7 +32,7 @@ def new_judge(tokenizer) -> CLIPModel:
     vision = CLIPVisionConfig(
         hidden_size=192,
         intermediate_size=576,
-        num_hidden_layers=6,
+        num_hidden_layers=5,
         num_attention_heads=6,
         image_size=64,
         patch_size=8,
@@ -66,7 +66,7 @@ def mixed(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def main(minutes: Annotated[float, typer.Option(help="training time")] = 25, batch: int = 96, threads: int = 2) -> None:
+def main(minutes: Annotated[float, typer.Option(help="training time")] = 25, batch: int = 32, threads: int = 2) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     images, rows = build()
@@ -98,7 +98,7 @@ def main(minutes: Annotated[float, typer.Option(help="training time")] = 25, bat
         half = batch // 2  # the second half is mixed: it has no name, only the teacher's embedding
         x = augment(torch.cat([x[:half], mixed(x[half:])]))
         i = i[:half]
-        among = torch.cat([concept[i], torch.randint(len(prompts), (160,), device=DEVICE)]).unique()
+        among = torch.cat([concept[i], torch.randint(len(prompts), (64,), device=DEVICE)]).unique()
         drawn = (style[i] >= 0).nonzero()[:, 0]
         ids = torch.cat([plain[among], styled[concept[i[drawn]]].flatten(0, 1)])
         with autocast():
@@ -136,7 +136,7 @@ def main(minutes: Annotated[float, typer.Option(help="training time")] = 25, bat
         }
 
     for step in training.run(loss):
-        if step % 500 == 0:
+        if step % 1000 == 0:
             print(f"  {report(training.average)}", flush=True)
     figures = report(training.average)
     (FOLDER / "figures.json").write_text(json.dumps(figures, indent=2))

@@ -1,4 +1,4 @@
-"""Put the trained base and judge into the package, in half precision, with a model card.
+"""Put the trained base, judge and features into the package, in half precision, with a model card.
 
 ``python -m examples.emoji.package``
 """
@@ -10,35 +10,42 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from transformers import CLIPModel
+from transformers import CLIPModel, ResNetModel
 
 import spin.emoji
 from examples.emoji.autoencoder import FOLDER as AUTOENCODER
-from examples.emoji.autoencoder import psnr, tensor
+from examples.emoji.autoencoder import figures as psnr_figures
 from examples.emoji.base import FOLDER as BASE
 from examples.emoji.base import pipeline, sheet
+from examples.emoji.classifier import FOLDER as CLASSIFIER
 from examples.emoji.judge import FOLDER as JUDGE
-from examples.emoji.world import build
+from examples.emoji.world import STYLES, build
 
 TARGET = Path(spin.emoji.__file__).parent
 
-CARD = """# The small world's base and judge
+CARD = """# The small world's base, judge and features
 
 Trained from random weights by the scripts in `examples/emoji/` on {device}; no other weights went in.
 
 | part | parameters | steps | minutes |
 | --- | --- | --- | --- |
-| autoencoder (64 px, 8x8 latents of 16 channels) | {vae_parameters:.2f} M | {vae_steps} | {vae_minutes:.0f} |
+| autoencoder (64 px, 16x16 latents of 8 channels) | {vae_parameters:.2f} M | {vae_steps} | {vae_minutes:.0f} |
 | text encoder and UNet (epsilon prediction) | {base_parameters:.2f} M | {base_steps} | {base_minutes:.0f} |
+| teacher of the judge (ResNet, not in the package) | | {teacher_steps} | {teacher_minutes:.0f} |
 | judge (CLIPModel) | {judge_parameters:.2f} M | {judge_steps} | {judge_minutes:.0f} |
+| features of the Fréchet distance (ResNet) | {features_parameters:.2f} M | {features_steps} | {features_minutes:.0f} |
+
+Minutes are those of one core per part, other parts training beside it.
 
 **Data.** Emoji drawings, 64 px on white: noto (Apache-2.0), twemoji (CC-BY-4.0), fluent-emoji-flat (MIT) from their
-npm packages, OpenMoji (CC BY-SA 4.0) from PyPI; {concepts} concepts are drawn by the base. The OpenMoji drawings of the
-validation and test concepts were never seen by any of the three; those concepts in the other styles were.
+npm packages, OpenMoji (CC BY-SA 4.0) from PyPI; {concepts} concepts are asked for, a quarter of the base's training
+drawings are of others. Autoencoder, judge and features also saw emojione (CC-BY-4.0) and noto-v1 (Apache-2.0).
+400 (concept, style) pairs were seen by none of them: OpenMoji for all validation and test concepts, one of the other
+styles for 250 training concepts. Each of these concepts was seen in other styles.
 
 **Prompts.** `red apple` (any style may answer) or `red apple, openmoji style` (also noto, twemoji, fluent).
 
-**Autoencoder.** PSNR on held-out OpenMoji drawings {psnr_held_out:.1f} dB, on drawings it knows {psnr_known:.1f} dB.
+**Autoencoder.** PSNR in dB: known {psnr[known]}, held out {psnr[held_out]} ({psnr_styles}).
 
 **Judge.** Among all {concepts} prompts, and among the four styles:
 
@@ -46,14 +53,28 @@ validation and test concepts were never seen by any of the three; those concepts
 | --- | --- | --- | --- |
 {judge_rows}
 
+**Base.** Drawings asked for by name and style at fixed seeds ({sampling}), named by the judge, beside real ones:
+
+| pairs | R@1 | style accuracy | real: R@1 | real: style | real, autoencoded: R@1 | style |
+| --- | --- | --- | --- | --- | --- | --- |
+{base_rows}
+
+Nearest training drawing (cosine at 32 px): {known[nearest_training_cosine]} for drawings of known pairs,
+{held_out[nearest_training_cosine]} for held-out pairs, where real drawings have
+{held_out_real[nearest_training_cosine]}; above .95 are {known[recited_share]:.0%} and {held_out[recited_share]:.0%}.
+Fréchet distance to the real drawings: {known[frechet_distance]} and {held_out[frechet_distance]}.
+
 **Loss of the base** (mean over the last 100 steps): {curve}.
 
-**Limits.** Toy images for testing the method and the pipeline; the autoencoder is soft, faces smear, and the base
-partly recites what it has seen. No people, flags or text.
+**Limits.** Toy images for testing the method and the pipeline. No people, flags or text.
 
 **Licence.** The weights are derived from CC BY-SA 4.0 and CC BY 4.0 drawings and are given under CC BY-SA 4.0.
-Attribution: OpenMoji (openmoji.org), Twemoji (Twitter and contributors), Noto Emoji (Google), Fluent Emoji (Microsoft).
+Attribution: OpenMoji (openmoji.org), Twemoji (Twitter and contributors), Noto Emoji (Google), Fluent Emoji (Microsoft),
+EmojiOne.
 """
+
+
+DEVICE_NAME = torch.cuda.get_device_name() if torch.cuda.is_available() else "two CPU cores"
 
 
 def millions(module: torch.nn.Module) -> float:
@@ -68,50 +89,69 @@ def state(folder: Path) -> dict[str, Any]:
 def main() -> None:
     trained = StableDiffusionPipeline.from_pretrained(BASE / "export", safety_checker=None)
     vae = AutoencoderKL.from_pretrained(AUTOENCODER / "export")
-    parts = {"base": trained, "vae": vae, "judge": CLIPModel.from_pretrained(JUDGE / "export", dtype=torch.float32)}
+    judge = CLIPModel.from_pretrained(JUDGE / "export", dtype=torch.float32)
+    features = ResNetModel.from_pretrained(CLASSIFIER / "seed-1" / "export")
     pipe = pipeline(vae, trained.text_encoder, trained.tokenizer, trained.unet)
     sheet(pipe, BASE / "sheet.png")
     images, rows = build()
-    figures = json.loads((JUDGE / "figures.json").read_text())
-    names = {"known": "known", "held_out": "held-out OpenMoji", "held_out_autoencoded": "the same, autoencoded"}
-    training = {"vae": state(AUTOENCODER / "joint"), "base": state(BASE), "judge": state(JUDGE)}
+    named = json.loads((JUDGE / "figures.json").read_text())
+    drawn = json.loads((BASE / "figures.json").read_text())
+    training = {
+        "vae": state(AUTOENCODER / "joint"),
+        "base": state(BASE),
+        "teacher": state(CLASSIFIER / "seed-0"),
+        "judge": state(JUDGE),
+        "features": state(CLASSIFIER / "seed-1"),
+    }
     if (AUTOENCODER / "decoder" / "state.json").exists():
         decoder = state(AUTOENCODER / "decoder")
         training["vae"]["elapsed"] += decoder["elapsed"]
         training["vae"]["step"] += decoder["step"]
     curve = training["base"]["curve"]
+    psnr = psnr_figures(vae, images, rows)
+
+    def cells(*values: float) -> str:
+        return " | ".join(f"{value:.3f}" for value in values)
+
+    def kind(name: str) -> str:
+        kinds = ("", "_real", "_real_autoencoded")
+        return cells(*(drawn[name + k][figure] for k in kinds for figure in ("recall_at_1", "style_accuracy")))
+
     card = CARD.format(
-        device=f"{torch.get_num_threads()} CPU cores",
+        device=DEVICE_NAME,
         vae_parameters=millions(vae),
         base_parameters=millions(trained.unet) + millions(trained.text_encoder),
-        judge_parameters=millions(parts["judge"]),
+        judge_parameters=millions(judge),
+        features_parameters=millions(features),
         **{f"{part}_steps": found["step"] for part, found in training.items()},
         **{f"{part}_minutes": found["elapsed"] / 60 for part, found in training.items()},
         concepts=len({row.codepoint for row in rows if row.player}),
-        psnr_held_out=psnr(vae, tensor(images[[i for i, row in enumerate(rows) if row.held_out]])),
-        psnr_known=psnr(vae, tensor(images[[i for i, row in enumerate(rows) if not row.held_out][::9]])),
-        judge_rows="\n".join(
-            f"| {names[name]} | " + " | ".join(f"{value:.3f}" for value in row.values()) + " |"
-            for name, row in figures.items()
-        ),
+        psnr=psnr,
+        psnr_styles=", ".join(f"{style} {psnr[style]}" for style in STYLES),
+        judge_rows="\n".join(f"| {name.replace('_', ' ')} | {cells(*row.values())} |" for name, row in named.items()),
+        sampling="DPM-Solver++, 20 steps, guidance 3.5",
+        base_rows="\n".join(f"| {name.replace('_', '-')} | {kind(name)} |" for name in ("known", "held_out")),
+        **drawn,
         curve=", ".join(f"step {step} {loss:.3f}" for step, _, loss in curve[9 :: max(1, len(curve) // 8)]),
     )
-    for name in ("base", "judge"):
+    for name in ("base", "judge", "features"):
         shutil.rmtree(TARGET / name, ignore_errors=True)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.half()
     pipe.save_pretrained(TARGET / "base")
-    # Where the weights were trained is nobody's business.
-    for config in (TARGET / "base").rglob("*.json"):
-        value = json.loads(config.read_text())
-        if isinstance(value, dict) and value.pop("_name_or_path", None):
-            config.write_text(json.dumps(value, indent=2) + "\n")
     shutil.copytree(JUDGE / "export", TARGET / "judge")
+    shutil.copytree(CLASSIFIER / "seed-1" / "export", TARGET / "features")
+    for config in TARGET.glob("*/**/config.json"):
+        value = json.loads(config.read_text())
+        value.pop("_name_or_path", None)  # where the weights were trained is nobody's business
+        if "dtype" in value:
+            # transformers would load the text encoder in half precision, beside diffusers' UNet in single.
+            value["dtype"] = "float32"
+        config.write_text(json.dumps(value, indent=2) + "\n")
     (TARGET / "MODEL_CARD.md").write_text(card)
-    size = sum(
-        path.stat().st_size for name in ("base", "judge") for path in (TARGET / name).rglob("*") if path.is_file()
-    )
-    print(f"{size / 1e6:.1f} MB in {TARGET}")
+    for name in ("base", "judge", "features"):
+        size = sum(path.stat().st_size for path in (TARGET / name).rglob("*") if path.is_file())
+        print(f"{name} {size / 1e6:.1f} MB in {TARGET / name}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from spin.losses import Objective, sft_loss, spin_loss
+from spin.losses import LINKS, Objective, sft_loss, spin_loss
 
 LN2 = 0.6931471805599453
 
@@ -128,3 +128,44 @@ def test_sft_is_the_mean_error_of_the_winners() -> None:
     assert errors.grad.tolist() == pytest.approx([1 / 3] * 3)
     assert {name: float(value) for name, value in objective.measures.items()} == {"loss": 0.5, "error_winner": 0.5}
     assert not any(value.requires_grad for value in objective.measures.values())
+
+
+@pytest.mark.parametrize(
+    ("link", "values"),
+    [
+        # at u = -2, 0, 1, 3
+        ("logistic", [2.1269280, 0.6931472, 0.3132617, 0.0485874]),  # log(1 + e^-u)
+        ("hinge", [3.0, 1.0, 0.0, 0.0]),  # max(0, 1 - u)
+        ("correlation", [2.0, 0.0, -1.0, -3.0]),  # -u
+        ("exponential", [7.3890561, 1.0, 0.3678794, 0.0497871]),  # e^-u
+    ],
+)
+def test_links_by_hand(link: str, values: list[float]) -> None:
+    assert LINKS[link](torch.tensor([-2.0, 0.0, 1.0, 3.0])).tolist() == pytest.approx(values, abs=1e-6)
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_links_are_decreasing_and_convex(link: str) -> None:
+    """Assumption 4.1; the slope at 0 is below 0, so a player equal to its opponent always learns."""
+    u = torch.linspace(-30, 30, 2001, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(LINKS[link](u).sum(), u)
+    assert bool((slope <= 0).all())
+    assert bool((slope.diff() >= -1e-9 * slope.abs()[1:].clamp(min=1)).all())
+    assert float(slope[1000]) < 0
+
+
+def test_exponential_stays_finite_and_goes_on_pulling() -> None:
+    u = torch.tensor([-10.0, -11.0, -1e6], requires_grad=True)
+    value = LINKS["exponential"](u)
+    (slope,) = torch.autograd.grad(value.sum(), u)
+    assert value[:2].tolist() == pytest.approx([math.exp(10), 2 * math.exp(10)])
+    assert bool(torch.isfinite(value).all())
+    assert float(slope[1]) == float(slope[2]) == pytest.approx(-math.exp(10))
+
+
+def test_hinge_ignores_pairs_past_its_margin() -> None:
+    winner = torch.tensor([0.4, 0.4], requires_grad=True)
+    # advantage = beta/2 * margin = 1 * 0.5 and 1 * 2
+    objective = spin_loss(winner, torch.tensor([0.9, 2.4]), winner.detach(), torch.tensor([0.4, 0.4]), 2, "hinge")
+    (gradient,) = torch.autograd.grad(objective.loss, winner)
+    assert gradient.tolist() == pytest.approx([0.5, 0.0])

@@ -1,0 +1,104 @@
+"""The small world's promises: what no model saw, how training resumes, and what the packaged models can do."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.functional import mse_loss
+
+from examples.emoji.loop import TimedTraining
+from examples.emoji.text import STYLES, style_prompt
+from examples.emoji.world import held_out_pairs, shows_held_out
+from spin import emoji
+from spin.models import find
+from spin.scorers.clip import Clip
+from spin.scorers.frechet import Features, frechet_distance
+
+CPU = torch.device("cpu")
+
+
+def test_splits_are_disjoint_in_concepts_and_prompts() -> None:
+    concepts = emoji.concepts()
+    assert len({concept.codepoint for concept in concepts}) == len({c.prompt for c in concepts}) == len(concepts)
+    assert Counter(concept.split for concept in concepts) == {"train": 322, "validation": 50, "test": 100}
+
+
+def test_400_pairs_are_held_out_one_style_a_concept() -> None:
+    pairs = held_out_pairs()
+    assert len(pairs) == 400 == len({codepoint for codepoint, _ in pairs})
+    openmoji = {codepoint for codepoint, style in pairs if style == "openmoji"}
+    assert openmoji == {concept.codepoint for concept in emoji.concepts() if concept.split != "train"}
+    assert pairs == held_out_pairs()
+
+
+def test_compositions_and_older_drawings_of_a_held_out_pair_are_held_out_too() -> None:
+    pairs = {("1F408", "openmoji"), ("1F34E", "noto")}
+    assert shows_held_out("1F408-200D-2B1B", "openmoji", pairs)
+    assert shows_held_out("1F34E", "noto-v1", pairs)
+    assert not shows_held_out("1F408", "noto", pairs)
+    assert not shows_held_out("1F34E", "twemoji", pairs)
+
+
+def line(folder: Path, seconds: float) -> tuple[TimedTraining, nn.Linear]:
+    torch.manual_seed(0)
+    module = nn.Linear(4, 1)
+    return TimedTraining(module, folder, seconds / 60, lr=1e-2, ema=0.9), module
+
+
+def test_training_stops_at_its_time_and_goes_on_from_where_it_was(tmp_path: Path) -> None:
+    x = torch.randn(64, 4)
+    training, module = line(tmp_path, 0.5)
+    for _ in training.run(lambda: mse_loss(module(x), x[:, :1]), every=10):
+        break
+    assert training.step == 10
+    assert 0 < training.progress < 1
+    kept = load_file(tmp_path / "weights.safetensors")
+    again, other = line(tmp_path, 0.5)
+    assert (again.step, again.elapsed) == (10, training.elapsed)
+    assert torch.equal(other.weight, kept["weight"])
+    assert sum(1 for _ in again.run(lambda: mse_loss(other(x), x[:, :1]), every=10)) > 1
+    assert again.progress >= 1
+    assert again.rate() == pytest.approx(0, abs=1e-9)
+    # Nothing is left to do: a third start trains no step.
+    done, third = line(tmp_path, 0.5)
+    assert list(done.run(lambda: mse_loss(third(x), x[:, :1]))) == []
+
+
+def test_the_base_is_a_plain_pipeline_of_at_most_32_mb() -> None:
+    folder = find("emoji")
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 32e6
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("red apple", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    assert image.size == (64, 64)
+
+
+@pytest.fixture(scope="module")
+def judge() -> Clip:
+    return Clip("emoji", CPU)
+
+
+def test_the_judge_names_drawings_that_it_never_saw(judge: Clip) -> None:
+    """OpenMoji for the test concepts: content among all prompts, style among the four."""
+    known, unseen = [concept.prompt for concept in emoji.concepts()], emoji.concepts("test")
+    images = [emoji.render_svg(emoji.openmoji_svg(concept.codepoint), 64) for concept in unseen]
+    embedded = judge.images(images)
+    named = [known[k] for k in (embedded @ judge.texts(known).T).argmax(1).tolist()]
+    right = sum(name == concept.prompt for name, concept in zip(named, unseen, strict=True)) / len(unseen)
+    styled = judge.texts([style_prompt(concept.prompt, style) for concept in unseen for style in STYLES])
+    fit = (styled.view(len(unseen), len(STYLES), -1) @ embedded[:, :, None]).squeeze(-1).argmax(1)
+    assert right >= 0.3
+    assert float((fit == STYLES.index("openmoji")).float().mean()) >= 0.9
+
+
+def test_the_features_tell_drawings_from_blots() -> None:
+    folder = str(find("emoji").parent / "features")
+    features = Features(folder, CPU)
+    drawings = [emoji.render_svg(emoji.openmoji_svg(c.codepoint), 64) for c in emoji.concepts("validation")]
+    one, other = features.of(drawings[:25]), features.of(drawings[25:])
+    blots = features.of([image.resize((4, 4)).resize((64, 64)) for image in drawings[:25]])
+    assert 0 < frechet_distance(one, other) < frechet_distance(blots, other)
