@@ -59,13 +59,18 @@ class GenerateConfig(_Config):
 class TrainConfig(_Config):
     """How the player learns. Defaults are those of the paper's SD-1.5 runs (method section 5.1, rebuttal B.1)."""
 
-    objective: Literal["spin", "sft"] = "spin"
-    """``spin``: approximate SPIN, Eq. 3.9; ``sft``: denoising loss on the winners alone."""
+    objective: Literal["spin", "exact-spin", "sft"] = "spin"
+    """``spin``: approximate SPIN, Eq. 3.9; ``exact-spin``: on whole trajectories, Eq. 3.8, drawn while training;
+    ``sft``: denoising loss on the winners alone."""
     link: Literal["logistic", "hinge", "correlation", "exponential"] = "logistic"
     """Decreasing convex function of the advantage: see ``spin.losses``. The paper trains with the logistic one."""
     beta: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (2000.0, 5000.0)
     """Strength per iteration, the last one repeated. It multiplies 1/2 of the difference of the *mean*-reduced
     (over C, H, W) errors: see ``spin.losses.spin_loss``."""
+    trajectory_steps: Positive = 20
+    """``exact-spin``: steps of the reverse process."""
+    trajectory_scale: PositiveFloat = 0.01
+    """``exact-spin``: lambda of Eq. 3.8, in place of beta."""
     steps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (50, 500, 300)
     """Optimizer steps per iteration, the last one repeated."""
     batch_size: Positive = 2048
@@ -95,6 +100,11 @@ class TrainConfig(_Config):
     checkpoint_every: Positive = 50
     """Steps between resumable checkpoints."""
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def needs_losers(self) -> bool:
+        """Whether the opponent's images must be drawn before training."""
+        return self.objective == "spin"
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> Self:

@@ -6,9 +6,10 @@ Opponent, reference and starting point are one checkpoint. The trainer knows ten
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from spin.losses import Objective, sft_loss, spin_loss
 from spin.models import Model
 from spin.sampling import autocast
 from spin.seeding import generator_of, noise_of, seed_of
+from spin.trajectory import chain_of, exact_spin
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -35,7 +37,10 @@ class Diverged(SpinError):
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch of B pairs on the device: latents and noise [B, C, H, W], timestep int64 [B], embeds [B, L, D]."""
+    """A micro-batch of B pairs on the device: latents and noise [B, C, H, W], timestep int64 [B], embeds [B, L, D].
+
+    For whole trajectories of N steps, noise is [N + 1, B, C, H, W].
+    """
 
     winner: torch.Tensor
     loser: torch.Tensor | None
@@ -74,7 +79,7 @@ class Trainer:
     Args:
         model: the opponent; its denoiser becomes the player.
         winners: the data set; its train rows are the pairs.
-        losers: the opponent's images of the same prompts; ``None`` for SFT.
+        losers: the opponent's images of the same prompts; ``None`` where the objective needs none.
         iteration: 1-based; chooses beta and steps.
 
     Raises:
@@ -133,7 +138,7 @@ class Trainer:
             )
             self.reference: UNet2DConditionModel = unet
         else:
-            self.reference = copy.deepcopy(unet) if self.config.objective == "spin" else unet
+            self.reference = unet if self.config.objective == "sft" else copy.deepcopy(unet)
             unet.requires_grad_(True)
         unet.train()
         if self.config.gradient_checkpointing:
@@ -151,8 +156,12 @@ class Trainer:
         """Assemble the micro-batch of (epoch, row) ``places``; each pair has one timestep and one noise."""
         device, ids = self.model.device, [self.winners.ids[row] for _, row in places]
         name = ("train", self.config.seed, self.iteration)
+        shape: tuple[int, ...] = self.winners.latents_shape
+        if self.config.objective == "exact-spin":
+            shape = (self.config.trajectory_steps + 1, *shape)
         noise = torch.stack(
-            [noise_of(self.winners.latents_shape, *name, epoch, id) for (epoch, _), id in zip(places, ids, strict=True)]
+            [noise_of(shape, *name, epoch, id) for (epoch, _), id in zip(places, ids, strict=True)],
+            dim=len(shape) - len(self.winners.latents_shape),
         )
         draws = [generator_of("timestep", *name, epoch, id) for (epoch, _), id in zip(places, ids, strict=True)]
         timestep = torch.cat([torch.randint(len(self.alphas), (1,), generator=draw) for draw in draws])
@@ -180,20 +189,62 @@ class Trainer:
         winner, loser = error[: len(batch.winner)], error[len(batch.winner) :]
         return winner, loser if n == 2 else None
 
-    def reference_errors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the reference's errors [B]; its network is the opponent's."""
+    @contextmanager
+    def as_reference(self) -> Iterator[UNet2DConditionModel]:
+        """Give the opponent's network: the frozen copy, or the player's own with its adapters off."""
         unet = self.accelerator.unwrap_model(self.player)
         if self.config.lora_rank:
             unet.disable_adapters()
         with torch.no_grad():
-            winner, loser = self.errors(self.reference, batch)
+            yield self.reference
         if self.config.lora_rank:
             unet.enable_adapters()
+
+    def reference_errors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the opponent's errors [B] of winners and losers."""
+        with self.as_reference() as denoiser:
+            winner, loser = self.errors(denoiser, batch)
         assert loser is not None
         return winner, loser
 
+    def learn(self, batch: Batch, last: bool) -> Objective:
+        """Go backward through the configured objective on a micro-batch; gradients are shared after the ``last``."""
+        if self.config.objective == "exact-spin":
+            return self._learn_exactly(batch, last)
+        with nullcontext() if last else self.accelerator.no_sync(self.player):
+            objective = self.objective(batch)
+            self.accelerator.backward(objective.loss / self.accumulation)
+        return objective
+
+    def _learn_exactly(self, batch: Batch, last: bool) -> Objective:
+        embeds = batch.embeds.repeat(2, 1, 1)
+
+        def denoise(denoiser: Any, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            with autocast(self.model.device, self.precision):
+                prediction: torch.Tensor = denoiser(latents, timestep, encoder_hidden_states=embeds).sample
+            return prediction
+
+        def reference(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            with self.as_reference() as denoiser:
+                return denoise(denoiser, latents, timestep)
+
+        def accumulate(share: Callable[[], torch.Tensor], last_step: bool) -> None:
+            with nullcontext() if last and last_step else self.accelerator.no_sync(self.player):
+                self.accelerator.backward(share() / self.accumulation)
+
+        return exact_spin(
+            partial(denoise, self.player),
+            reference,
+            batch.winner,
+            batch.noise,
+            chain_of(self.alphas, self.config.trajectory_steps),
+            self.config.trajectory_scale,
+            self.config.link,
+            accumulate,
+        )
+
     def objective(self, batch: Batch) -> Objective:
-        """Return the configured objective on a micro-batch."""
+        """Return an objective of single timesteps on a micro-batch."""
         if self.config.objective == "sft":
             return sft_loss(self.errors(self.player, batch)[0])
         reference = self.reference_errors(batch)
@@ -212,10 +263,7 @@ class Trainer:
         sums: dict[str, torch.Tensor] = {}
         for micro in range(self.accumulation):
             part = mine[micro * config.micro_batch_size : (micro + 1) * config.micro_batch_size]
-            last = micro == self.accumulation - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.player):
-                objective = self.objective(self.batch(part))
-                self.accelerator.backward(objective.loss / self.accumulation)
+            objective = self.learn(self.batch(part), last=micro == self.accumulation - 1)
             for name, value in objective.measures.items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value / self.accumulation
         norm = self.accelerator.clip_grad_norm_(checkpoint.trained(self.player).values(), config.max_grad_norm)

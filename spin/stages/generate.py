@@ -76,6 +76,9 @@ def _generate(
 
     pairs = Dataset(run.store.get(dataset))
     mine = list(shard_batches(len(pairs), config.generate.batch_size, shard, shards))
+    if not config.train.needs_losers:
+        logger.info("iteration %d: %s needs no losers, none are drawn", iteration, config.train.objective)
+        mine = []
     model = models.load(run.store.get(opponent))
     precision = fast_precision(model.device)
     drawn, ids, total = [], [], sum(len(rows) for rows in mine)

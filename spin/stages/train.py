@@ -34,7 +34,7 @@ def train(place: Place, iteration: int, shards: int = 1) -> Index:
     dataset = run.need("prepare", stage).outputs["dataset"]
     losers = (
         []
-        if config.train.objective == "sft"
+        if not config.train.needs_losers
         else [run.need(shard_stage(iteration, shard, shards), stage).outputs["losers"] for shard in range(shards)]
     )
     beta, steps = config.train.of(iteration)

@@ -43,7 +43,7 @@ def trainer(world: Path, iteration: int = 1, precision: str = "fp32", **options:
         "beta": [2000], "steps": [3], "batch_size": 8, "micro_batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 0,
         "decay_steps": None, "checkpoint_every": 100, "max_winner_drift": 1000, **options,
     }  # fmt: skip
-    losers = None if options.get("objective") == "sft" else Latents([world / "losers.safetensors"])
+    losers = Latents([world / "losers.safetensors"]) if options.get("objective", "spin") == "spin" else None
     return Trainer(
         models.load(world / "base", CPU),
         Dataset(world / "data"),
@@ -86,6 +86,32 @@ def test_the_first_loss_is_ln_2(world: Path, rank: int, micro: int) -> None:
     assert first["implicit_accuracy"] == 0.0
     assert first["error_winner"] == first["reference_error_winner"] > 0.1
     assert first["grad_norm"] > 0
+
+
+@BOTH
+def test_exact_spin_starts_at_ln_2_and_learns_to_tell_whole_trajectories(
+    world: Path, tmp_path: Path, rank: int
+) -> None:
+    options = {"objective": "exact-spin", "trajectory_steps": 4, "trajectory_scale": 0.05, "lora_rank": rank}
+    player = trainer(world, **options, steps=[12], learning_rate=3e-4)
+    rows = run(player, tmp_path)
+    assert rows[0]["loss"] == LN2
+    assert (rows[0]["margin"], rows[0]["winner_drift"], rows[0]["implicit_accuracy"]) == (0.0, 0.0, 0.0)
+    assert rows[0]["error_winner"] == rows[0]["reference_error_winner"] > 0.1
+    last = rows[-3:]  # an epoch
+    assert sum(row["loss"] for row in last) / 3 < 0.6
+    assert min(row["margin"] for row in last) > 0
+    assert min(row["implicit_accuracy"] for row in last) > 0.5
+
+
+def test_exact_spin_in_micro_batches_is_the_same_step(world: Path) -> None:
+    whole, parts = (
+        trainer(world, objective="exact-spin", trajectory_steps=3, micro_batch_size=micro, max_grad_norm=1e9)
+        for micro in (8, 2)
+    )
+    one, other = whole.train_step(), parts.train_step()
+    assert other == pytest.approx(one, rel=1e-4)
+    assert one["grad_norm"] > 0
 
 
 def test_the_first_gradient_is_a_quarter_beta_of_winners_minus_losers(world: Path) -> None:
@@ -507,7 +533,7 @@ def test_constant_learning_rate() -> None:
 
 
 def test_decay_may_end_with_the_warmup() -> None:
-    config = TrainConfig(learning_rate=1.0, warmup_steps=2, decay_steps=2)
+    config = TrainConfig(learning_rate=1.0, steps=(2,), warmup_steps=2, decay_steps=2)
     assert [learning_rate(config, step) for step in range(4)] == [0.5, 1.0, 0.0, 0.0]
 
 
