@@ -93,6 +93,17 @@ class TrainConfig(_Config):
     """Compute type of the denoiser, ``bf16`` where the hardware multiplies it natively; weights and errors stay
     float32."""
     gradient_checkpointing: bool = False
+    shared_noise: bool = True
+    """Winner and loser of a pair get the same noise (as in Diffusion-DPO's code): less variance, the same bound."""
+    min_snr: NonNegativeFloat = 0.0
+    """Above 0, errors are weighted by min(SNR, this) / SNR, which plays down the nearly clean timesteps (Hang et al.
+    2023, usually 5); 0: the paper's constant weight."""
+    loser_gradient_scale: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Below 1, the loser's error pulls less than the winner's: a guard for runs whose winners drift (Diffusion-SDPO
+    uses 0.93 for SD-1.5). The loss keeps its value."""
+    previous_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of pairs whose loser is the previous iteration's, from iteration 2 on (SPIN for language models mixes
+    both); the paper draws all of them anew."""
     prompt_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of pairs trained with the empty prompt (Diffusion-DPO uses 0.2)."""
     max_winner_drift: PositiveFloat = 0.1

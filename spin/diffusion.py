@@ -34,6 +34,13 @@ def add_noise(
     return alpha.sqrt() * latents_BCHW + (1 - alpha).sqrt() * noise_BCHW
 
 
+def min_snr_weight(timestep_B: torch.Tensor, alphas_cumprod_T: torch.Tensor, limit: float) -> torch.Tensor:
+    """Return min(SNR, limit) / SNR of each timestep, float32 [B], SNR = a_t / (1 - a_t) (Hang et al. 2023, Eq. 6)."""
+    alpha = alphas_cumprod_T[timestep_B]
+    snr = alpha / (1 - alpha)
+    return snr.clamp(max=limit) / snr
+
+
 def denoising_error(prediction_BCHW: torch.Tensor, noise_BCHW: torch.Tensor) -> torch.Tensor:
     """Return the squared error of the predicted noise, float32 [B], *mean* over C, H, W.
 

@@ -76,6 +76,7 @@ def spin_loss(
     reference_error_loser_B: torch.Tensor,
     beta: float,
     link: str = "logistic",
+    loser_gradient_scale: float = 1.0,
 ) -> Objective:
     """Approximate SPIN objective, Eq. 3.9 in its epsilon form.
 
@@ -93,6 +94,9 @@ def spin_loss(
     The implicit accuracy (share of pairs with margin > 0) tells nothing about health: it nears 1 in runs that
     collapse. ``winner_drift`` does: a player that grows worse on real images wins by ruining both.
     """
+    if loser_gradient_scale < 1:
+        # The same value with a smaller slope.
+        error_loser_B = error_loser_B.detach() + loser_gradient_scale * (error_loser_B - error_loser_B.detach())
     winner_drift_B = error_winner_B - reference_error_winner_B
     loser_drift_B = error_loser_B - reference_error_loser_B
     margin_B = loser_drift_B - winner_drift_B

@@ -20,7 +20,7 @@ from diffusers import UNet2DConditionModel
 from spin import checkpoint
 from spin.config import TrainConfig
 from spin.data.dataset import Dataset, Latents
-from spin.diffusion import add_noise, alphas_cumprod, denoising_error
+from spin.diffusion import add_noise, alphas_cumprod, denoising_error, min_snr_weight
 from spin.errors import SpinError
 from spin.losses import Objective, sft_loss, spin_loss
 from spin.models import Model
@@ -39,12 +39,13 @@ class Diverged(SpinError):
 class Batch:
     """A micro-batch of B pairs on the device: latents and noise [B, C, H, W], timestep int64 [B], embeds [B, L, D].
 
-    For whole trajectories of N steps, noise is [N + 1, B, C, H, W].
+    ``noise`` is both sides', unless ``loser_noise`` differs. For trajectories of N steps, it is [N + 1, B, C, H, W].
     """
 
     winner: torch.Tensor
     loser: torch.Tensor | None
     noise: torch.Tensor
+    loser_noise: torch.Tensor
     timestep: torch.Tensor
     embeds: torch.Tensor
 
@@ -81,6 +82,7 @@ class Trainer:
         winners: the data set; its train rows are the pairs.
         losers: the opponent's images of the same prompts; ``None`` where the objective needs none.
         iteration: 1-based; chooses beta and steps.
+        previous: the losers of the iteration before, where some are to be mixed in.
 
     Raises:
         SpinError: fewer pairs than one batch, or a loser is missing.
@@ -94,7 +96,9 @@ class Trainer:
         config: TrainConfig,
         iteration: int,
         precision: str,
+        previous: Latents | None = None,
     ):
+        self.previous = previous
         self.model, self.winners, self.losers, self.config, self.iteration = model, winners, losers, config, iteration
         self.precision = precision if config.mixed_precision == "bf16" else "fp32"
         self.beta, self.steps = config.of(iteration)
@@ -103,10 +107,11 @@ class Trainer:
                 f"expected at least one batch of pairs ({config.batch_size}), got {len(winners)} in the data set; "
                 "lower train.batch_size or add images"
             )
-        if losers is not None and (missing := [id for id in winners.ids if id not in losers]):
-            raise SpinError(
-                f"expected a loser for every pair, got none for {len(missing)}, e.g. {missing[0]}; generate"
-            )
+        for side in (losers, previous):
+            if side is not None and (missing := [id for id in winners.ids if id not in side]):
+                raise SpinError(
+                    f"expected a loser for every pair, got none for {len(missing)}, e.g. {missing[0]}; generate"
+                )
         self.accelerator = Accelerator(mixed_precision="no", cpu=model.device.type == "cpu")
         share = config.micro_batch_size * self.accelerator.num_processes
         if config.batch_size % share:
@@ -169,23 +174,48 @@ class Trainer:
         prompts = ["" if drop else self.winners.prompts[row] for drop, (_, row) in zip(dropped, places, strict=True)]
         with autocast(device, self.precision):
             embeds = self.model.embed(prompts)
+        loser_noise = noise
+        if not self.config.shared_noise:
+            loser_noise = torch.stack(
+                [noise_of(shape, "loser", *name, epoch, id) for (epoch, _), id in zip(places, ids, strict=True)]
+            )
         return Batch(
             self.winners.winners(ids).to(device),
-            None if self.losers is None else self.losers.of(ids).to(device),
+            None if self.losers is None else self.losers_of(places).to(device),
             noise.to(device),
+            loser_noise.to(device),
             timestep.to(device),
             embeds,
         )
+
+    def losers_of(self, places: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Return the losers' latents of (epoch, row) ``places``; some may be the previous iteration's."""
+        assert self.losers is not None
+        ids = [self.winners.ids[row] for _, row in places]
+        latents = self.losers.of(ids)
+        if self.previous is not None:
+            name = ("previous", self.config.seed, self.iteration)
+            draws = [
+                torch.rand(1, generator=generator_of(*name, epoch, id))
+                for (epoch, _), id in zip(places, ids, strict=True)
+            ]
+            older = torch.cat(draws) < self.config.previous_share
+            if older.any():
+                chosen = [id for id, old in zip(ids, older.tolist(), strict=True) if old]
+                latents[older] = self.previous.of(chosen)
+        return latents
 
     def errors(self, denoiser: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the denoising errors [B] of winners and losers; both go through the denoiser as one batch."""
         sides = [batch.winner] if batch.loser is None else [batch.winner, batch.loser]
         n = len(sides)
-        noise, timestep = batch.noise.repeat(n, 1, 1, 1), batch.timestep.repeat(n)
+        noise, timestep = torch.cat([batch.noise, batch.loser_noise][:n]), batch.timestep.repeat(n)
         noisy = add_noise(torch.cat(sides), noise, timestep, self.alphas)
         with autocast(self.model.device, self.precision):
             prediction = denoiser(noisy, timestep, encoder_hidden_states=batch.embeds.repeat(n, 1, 1)).sample
         error = denoising_error(prediction, noise)
+        if self.config.min_snr:
+            error = error * min_snr_weight(timestep, self.alphas, self.config.min_snr)
         winner, loser = error[: len(batch.winner)], error[len(batch.winner) :]
         return winner, loser if n == 2 else None
 
@@ -250,7 +280,7 @@ class Trainer:
         reference = self.reference_errors(batch)
         winner, loser = self.errors(self.player, batch)
         assert loser is not None
-        return spin_loss(winner, loser, *reference, beta=self.beta, link=self.config.link)
+        return spin_loss(winner, loser, *reference, self.beta, self.config.link, self.config.loser_gradient_scale)
 
     def train_step(self) -> dict[str, float]:
         """Do one optimizer step and return its measures."""

@@ -32,16 +32,18 @@ def train(place: Place, iteration: int, shards: int = 1) -> Index:
     stage = iteration_stage(iteration, "train")
     opponent = opponent_of(run, iteration, stage)
     dataset = run.need("prepare", stage).outputs["dataset"]
-    losers = (
-        []
-        if not config.train.needs_losers
-        else [run.need(shard_stage(iteration, shard, shards), stage).outputs["losers"] for shard in range(shards)]
-    )
+
+    def drawn(by: int) -> list[Ref]:
+        return [run.need(shard_stage(by, shard, shards), stage).outputs["losers"] for shard in range(shards)]
+
+    losers = drawn(iteration) if config.train.needs_losers else []
+    previous = drawn(iteration - 1) if losers and config.train.previous_share and iteration > 1 else []
     beta, steps = config.train.of(iteration)
     inputs = {
         "opponent": opponent.digest,
         "dataset": dataset.digest,
         "losers": [ref.digest for ref in losers],
+        "previous": [ref.digest for ref in previous],
         "config": config.train.model_dump(mode="json"),
         "beta": beta,
         "steps": steps,
@@ -51,7 +53,7 @@ def train(place: Place, iteration: int, shards: int = 1) -> Index:
         logger.info("iteration %d: training complete, player %s", iteration, index.outputs["model"].digest[:12])
     with tracking.stage(place, stage, iteration, system_metrics=index is None) as log:
         if index is None:
-            index = _train(run, config, iteration, stage, opponent, dataset, losers, inputs, clock, log)
+            index = _train(run, config, iteration, stage, opponent, dataset, losers, previous, inputs, clock, log)
         history = run.store.get(index.outputs["history"]).read_text().splitlines()
         log.curves([json.loads(line) for line in history])
         log.index(index)
@@ -66,6 +68,7 @@ def _train(
     opponent: Ref,
     dataset: Ref,
     losers: list[Ref],
+    previous: list[Ref],
     inputs: dict[str, Any],
     clock: Clock,
     log: tracking.StageLog,
@@ -77,9 +80,18 @@ def _train(
 
     folder = run.store.get(opponent)
     model = models.load(folder)
-    sides = Latents([run.store.get(ref) for ref in losers]) if losers else None
+
+    def latents(refs: list[Ref]) -> Latents | None:
+        return Latents([run.store.get(ref) for ref in refs]) if refs else None
+
     trainer = Trainer(
-        model, Dataset(run.store.get(dataset)), sides, config.train, iteration, fast_precision(model.device)
+        model,
+        Dataset(run.store.get(dataset)),
+        latents(losers),
+        config.train,
+        iteration,
+        fast_precision(model.device),
+        latents(previous),
     )
     identity = digest_of(inputs)
     progress = run.read_progress(stage)

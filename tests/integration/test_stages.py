@@ -392,6 +392,16 @@ def test_sft_needs_no_losers(world: World) -> None:
     assert not all(torch.equal(value, base[name]) for name, value in unet_of(world, trained).items())
 
 
+def test_losers_of_two_iterations_are_mixed_from_the_second_on(world: World) -> None:
+    place = shared(world, "mixed", previous_share=0.5)
+    assert learn(place).inputs["previous"] == []
+    first = world.run("mixed").need("iteration-001/generate-0000-of-0001", "test")
+    generate(place, 2)
+    second = train(place, 2)
+    assert second.inputs["previous"] == [first.outputs["losers"].digest]
+    assert second.inputs["losers"] != second.inputs["previous"]
+
+
 def test_lora_is_merged_into_the_player(world: World) -> None:
     place = shared(world, "lora", lora_rank=2, learning_rate=1e-2)
     first = learn(place)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from spin.diffusion import add_noise, alphas_cumprod, denoising_error
+from spin.diffusion import add_noise, alphas_cumprod, denoising_error, min_snr_weight
 from spin.errors import SpinError
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -75,3 +75,9 @@ def test_other_predictions_are_refused(prediction: str) -> None:
         alphas_cumprod({**SD15, "prediction_type": prediction})
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(f"expected a model with prediction_type 'epsilon', got '{prediction}'")
+
+
+def test_min_snr_weights_by_hand() -> None:
+    # SNR = a / (1 - a) = 9, 4, 1/4; min(SNR, 5) / SNR = 5/9, 1, 1
+    weight = min_snr_weight(torch.tensor([0, 1, 2]), torch.tensor([0.9, 0.8, 0.2]), 5.0)
+    assert weight.tolist() == pytest.approx([5 / 9, 1.0, 1.0])

@@ -163,6 +163,17 @@ def test_exponential_stays_finite_and_goes_on_pulling() -> None:
     assert float(slope[1]) == float(slope[2]) == pytest.approx(-math.exp(10))
 
 
+def test_a_scaled_loser_pulls_less_and_weighs_the_same() -> None:
+    loser = torch.tensor([0.5], requires_grad=True)
+    one = torch.tensor([0.4])
+    whole, scaled = (spin_loss(one, loser, one, one, 10, loser_gradient_scale=scale) for scale in (1.0, 0.6))
+    assert scaled.loss.item() == whole.loss.item()
+    (pull,) = torch.autograd.grad(whole.loss, loser)
+    (less,) = torch.autograd.grad(scaled.loss, loser)
+    assert float(less) == pytest.approx(0.6 * float(pull))
+    assert float(pull) < 0
+
+
 def test_hinge_ignores_pairs_past_its_margin() -> None:
     winner = torch.tensor([0.4, 0.4], requires_grad=True)
     # advantage = beta/2 * margin = 1 * 0.5 and 1 * 2

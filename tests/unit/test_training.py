@@ -245,6 +245,44 @@ def test_prompt_dropout_gives_that_share_the_empty_prompt(world: Path, monkeypat
     assert prompts_of(trainer(world, prompt_dropout=0.2))[0] == dropped
 
 
+def test_noise_is_shared_by_a_pair_or_not(world: Path) -> None:
+    shared, apart = (trainer(world, shared_noise=share).batch(places(*range(8))) for share in (True, False))
+    assert torch.equal(shared.noise, shared.loser_noise)
+    assert torch.equal(apart.noise, shared.noise)
+    between = torch.stack([apart.noise.flatten(), apart.loser_noise.flatten()]).corrcoef()[0, 1]
+    assert abs(float(between)) < 0.1  # 2048 values
+    first = trainer(world, shared_noise=False).train_step()
+    assert first["loss"] == LN2
+    assert first["error_winner"] == trainer(world).train_step()["error_winner"]
+
+
+def test_min_snr_weighs_all_four_errors(world: Path) -> None:
+    plain, weighted = trainer(world), trainer(world, min_snr=5.0)
+    batch = plain.batch(places(*range(8)))
+    alpha = plain.alphas[batch.timestep]
+    weight = (5 * (1 - alpha) / alpha).clamp(max=1)
+    assert 0 < int((weight < 1).sum()) < 8
+    with torch.no_grad():
+        for found, whole in zip(weighted.reference_errors(batch), plain.reference_errors(batch), strict=True):
+            torch.testing.assert_close(found, weight * whole)
+
+
+def test_some_losers_may_be_the_previous_iterations(world: Path, tmp_path: Path) -> None:
+    ids = Dataset(world / "data").ids
+    old, new = tmp_path / "old.safetensors", tmp_path / "new.safetensors"
+    Latents.write(old, ids, torch.full((PAIRS, *tiny.LATENTS), -1.0))
+    Latents.write(new, ids, torch.full((PAIRS, *tiny.LATENTS), 1.0))
+    config = TrainConfig(batch_size=8, micro_batch_size=8, previous_share=0.3)
+    model, winners = models.load(world / "base", CPU), Dataset(world / "data")
+    player = Trainer(model, winners, Latents([new]), config, 2, "fp32", Latents([old]))
+    drawn = torch.cat([player.losers_of(places(*range(PAIRS), epoch=epoch)) for epoch in range(20)]).mean((1, 2, 3))
+    assert set(drawn.tolist()) == {-1.0, 1.0}
+    # 480 pairs: 30 % +- 2.1 %; bounds of 4 standard errors. Each epoch has its own choice.
+    assert 0.216 < float((drawn < 0).float().mean()) < 0.384
+    assert not torch.equal(drawn[:PAIRS], drawn[PAIRS : 2 * PAIRS])
+    assert torch.equal(player.losers_of(places(3, 4)), player.losers_of(places(3, 4)))
+
+
 # --- what it may depend on
 
 
