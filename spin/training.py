@@ -20,7 +20,7 @@ from diffusers import UNet2DConditionModel
 from spin import checkpoint
 from spin.config import TrainConfig
 from spin.data.dataset import Dataset, Latents
-from spin.diffusion import add_noise, alphas_cumprod, denoising_error, min_snr_weight
+from spin.diffusion import Diffusion, denoising_error, process_of
 from spin.errors import SpinError
 from spin.losses import Objective, sft_loss, spin_loss
 from spin.models import Model
@@ -112,6 +112,8 @@ class Trainer:
                 raise SpinError(
                     f"expected a loser for every pair, got none for {len(missing)}, e.g. {missing[0]}; generate"
                 )
+        if config.objective == "exact-spin" and not isinstance(process_of(model.scheduler_config), Diffusion):
+            raise SpinError("expected a diffusion model for exact-spin, got a flow model; use train.objective spin")
         self.accelerator = Accelerator(mixed_precision="no", cpu=model.device.type == "cpu")
         share = config.micro_batch_size * self.accelerator.num_processes
         if config.batch_size % share:
@@ -120,7 +122,7 @@ class Trainer:
                 f"{config.batch_size}; change one of them"
             )
         self.accumulation = config.batch_size // share
-        self.alphas = alphas_cumprod(model.scheduler_config).to(model.device)
+        self.process = process_of(model.scheduler_config).to(model.device)
         self._make_players()
         self.step, self.drift = 0, 0.0
         self.history: list[dict[str, float]] = []
@@ -169,7 +171,7 @@ class Trainer:
             dim=len(shape) - len(self.winners.latents_shape),
         )
         draws = [generator_of("timestep", *name, epoch, id) for (epoch, _), id in zip(places, ids, strict=True)]
-        timestep = torch.cat([torch.randint(len(self.alphas), (1,), generator=draw) for draw in draws])
+        timestep = torch.cat([self.process.draw(draw) for draw in draws])
         dropped = torch.cat([torch.rand(1, generator=draw) for draw in draws]) < self.config.prompt_dropout
         prompts = ["" if drop else self.winners.prompts[row] for drop, (_, row) in zip(dropped, places, strict=True)]
         with autocast(device, self.precision):
@@ -210,12 +212,13 @@ class Trainer:
         sides = [batch.winner] if batch.loser is None else [batch.winner, batch.loser]
         n = len(sides)
         noise, timestep = torch.cat([batch.noise, batch.loser_noise][:n]), batch.timestep.repeat(n)
-        noisy = add_noise(torch.cat(sides), noise, timestep, self.alphas)
+        latents = torch.cat(sides)
+        noisy = self.process.noisy(latents, noise, timestep)
         with autocast(self.model.device, self.precision):
             prediction = denoiser(noisy, timestep, encoder_hidden_states=batch.embeds.repeat(n, 1, 1)).sample
-        error = denoising_error(prediction, noise)
+        error = denoising_error(prediction, self.process.target(latents, noise, timestep))
         if self.config.min_snr:
-            error = error * min_snr_weight(timestep, self.alphas, self.config.min_snr)
+            error = error * self.process.min_snr_weight(timestep, self.config.min_snr)
         winner, loser = error[: len(batch.winner)], error[len(batch.winner) :]
         return winner, loser if n == 2 else None
 
@@ -247,12 +250,13 @@ class Trainer:
         return objective
 
     def _learn_exactly(self, batch: Batch, last: bool) -> Objective:
-        embeds = batch.embeds.repeat(2, 1, 1)
+        embeds, process = batch.embeds.repeat(2, 1, 1), self.process
+        assert isinstance(process, Diffusion)
 
         def denoise(denoiser: Any, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             with autocast(self.model.device, self.precision):
                 prediction: torch.Tensor = denoiser(latents, timestep, encoder_hidden_states=embeds).sample
-            return prediction
+            return process.noise_in(prediction.float(), latents, timestep)
 
         def reference(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             with self.as_reference() as denoiser:
@@ -267,7 +271,7 @@ class Trainer:
             reference,
             batch.winner,
             batch.noise,
-            chain_of(self.alphas, self.config.trajectory_steps),
+            chain_of(process.alphas_cumprod, self.config.trajectory_steps),
             self.config.trajectory_scale,
             self.config.link,
             accumulate,

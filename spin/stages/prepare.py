@@ -57,7 +57,7 @@ def prepare(
 
 def _prepare(run: Run, config: RunConfig, inputs: dict[str, Any], clock: Clock) -> Index:
     from spin import models
-    from spin.diffusion import alphas_cumprod
+    from spin.diffusion import process_of
     from spin.scorers.clip import Clip
 
     def local(name: str) -> str:
@@ -66,7 +66,7 @@ def _prepare(run: Run, config: RunConfig, inputs: dict[str, Any], clock: Clock) 
     folder = models.find(local(config.base_model))
     model = models.load(folder)
     shape = model.latents_shape(config.data.resolution)
-    alphas_cumprod(model.scheduler_config)
+    process_of(model.scheduler_config)
     # A judge that does not load would be noticed only when the first player is scored.
     Clip(config.score.clip_model, model.device)
     with tempfile.TemporaryDirectory(prefix="spin-") as scratch:

@@ -1,13 +1,21 @@
 """The forward process against diffusers' own, and the error's reduction and precision."""
 
+from typing import Any
+
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from spin.diffusion import add_noise, alphas_cumprod, denoising_error, min_snr_weight
+from spin.diffusion import Diffusion, Flow, add_noise, denoising_error, process_of
 from spin.errors import SpinError
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+def alphas_cumprod(config: dict[str, Any]) -> torch.Tensor:
+    process = process_of(config)
+    assert isinstance(process, Diffusion)
+    return process.alphas_cumprod
 
 
 def pair(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,15 +77,50 @@ def test_the_error_of_bfloat16_predictions_is_float32() -> None:
     assert error.tolist() == [0.500030517578125]
 
 
-@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
-def test_other_predictions_are_refused(prediction: str) -> None:
+def test_other_predictions_are_refused() -> None:
     with pytest.raises(SpinError) as caught:
-        alphas_cumprod({**SD15, "prediction_type": prediction})
+        process_of({**SD15, "prediction_type": "sample"})
     assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith(f"expected a model with prediction_type 'epsilon', got '{prediction}'")
+    assert str(caught.value).startswith(
+        "expected a model with prediction_type 'epsilon' or 'v_prediction', got 'sample'"
+    )
+
+
+def test_velocity_is_that_of_diffusers_and_says_which_noise_it_means() -> None:
+    process = process_of({**SD15, "prediction_type": "v_prediction"})
+    assert isinstance(process, Diffusion)
+    latents, noise = pair(4)
+    timestep = torch.tensor([0, 10, 500, 999])
+    velocity = process.target(latents, noise, timestep)
+    torch.testing.assert_close(velocity, DDPMScheduler(**SD15).get_velocity(latents, noise, timestep))
+    noisy = process.noisy(latents, noise, timestep)
+    torch.testing.assert_close(process.noise_in(velocity, noisy, timestep), noise, rtol=0, atol=1e-5)
+
+
+def test_a_flows_steps_are_those_of_diffusers() -> None:
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "num_train_timesteps": 1000}
+    process, stock = process_of(config), FlowMatchEulerDiscreteScheduler(shift=3.0)
+    assert process == Flow(3.0, 1000)
+    latents, noise = pair(3)
+    timestep = stock.timesteps[[0, 400, 999]]
+    torch.testing.assert_close(process.noisy(latents, noise, timestep), stock.scale_noise(latents, timestep, noise))
+    # One Euler step along the target, from sigma 1 to 0, is the image.
+    torch.testing.assert_close(noise - process.target(latents, noise, timestep), latents, rtol=0, atol=1e-6)
+
+
+def test_a_flows_draws_lean_towards_noise() -> None:
+    draws = torch.Generator().manual_seed(0)
+    sigma = torch.cat([Flow(3.0).draw(draws) for _ in range(4000)]) / 1000
+    assert 0 <= float(sigma.min()) < float(sigma.max()) < 1
+    # sigma = 3u / (1 + 2u): the median is that of u = 1/2, 3/4
+    assert float(sigma.median()) == pytest.approx(0.75, abs=0.02)
 
 
 def test_min_snr_weights_by_hand() -> None:
-    # SNR = a / (1 - a) = 9, 4, 1/4; min(SNR, 5) / SNR = 5/9, 1, 1
-    weight = min_snr_weight(torch.tensor([0, 1, 2]), torch.tensor([0.9, 0.8, 0.2]), 5.0)
-    assert weight.tolist() == pytest.approx([5 / 9, 1.0, 1.0])
+    # SNR = a / (1 - a) = 9, 4, 1/4; min(SNR, 5) = 5, 4, 1/4
+    alphas, timestep = torch.tensor([0.9, 0.8, 0.2]), torch.tensor([0, 1, 2])
+    assert Diffusion(alphas).min_snr_weight(timestep, 5.0).tolist() == pytest.approx([5 / 9, 1.0, 1.0])
+    velocity = Diffusion(alphas, "v_prediction").min_snr_weight(timestep, 5.0)
+    assert velocity.tolist() == pytest.approx([5 / 10, 4 / 5, 0.2])
+    with pytest.raises(SpinError, match=r"^expected train\.min_snr 0 for a flow model"):
+        Flow().min_snr_weight(timestep, 5.0)

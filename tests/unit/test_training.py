@@ -121,7 +121,7 @@ def test_the_first_gradient_is_a_quarter_beta_of_winners_minus_losers(world: Pat
     gradients = [parameter.grad.clone() for parameter in unet.parameters()]
 
     def gradient(latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        noisy = add_noise(latents, batch.noise, batch.timestep, player.alphas)
+        noisy = add_noise(latents, batch.noise, batch.timestep, player.process.alphas_cumprod)
         predicted = unet(noisy, batch.timestep, encoder_hidden_states=batch.embeds).sample
         return torch.autograd.grad(denoising_error(predicted, batch.noise).mean(), list(unet.parameters()))
 
@@ -185,7 +185,9 @@ def test_both_sides_of_a_pair_share_timestep_noise_and_prompt(world: Path) -> No
     assert torch.equal(winner, loser)
     torch.testing.assert_close(winner, batch.noise.pow(2).mean(dim=(1, 2, 3)))
     for side, latents in ((slice(0, 3), batch.winner), (slice(3, 6), batch.loser)):
-        assert torch.equal(seen["noisy"][side], add_noise(latents, batch.noise, batch.timestep, player.alphas))
+        assert torch.equal(
+            seen["noisy"][side], add_noise(latents, batch.noise, batch.timestep, player.process.alphas_cumprod)
+        )
         assert torch.equal(seen["timestep"][side], batch.timestep)
         assert torch.equal(seen["embeds"][side], batch.embeds)
     assert not torch.equal(batch.winner, batch.loser)
@@ -259,7 +261,7 @@ def test_noise_is_shared_by_a_pair_or_not(world: Path) -> None:
 def test_min_snr_weighs_all_four_errors(world: Path) -> None:
     plain, weighted = trainer(world), trainer(world, min_snr=5.0)
     batch = plain.batch(places(*range(8)))
-    alpha = plain.alphas[batch.timestep]
+    alpha = plain.process.alphas_cumprod[batch.timestep]
     weight = (5 * (1 - alpha) / alpha).clamp(max=1)
     assert 0 < int((weight < 1).sum()) < 8
     with torch.no_grad():
@@ -473,7 +475,7 @@ def test_sft_needs_no_losers(world: Path, tmp_path: Path, rank: int) -> None:
     batch = player.batch(order(player.winners.ids, 0, 1, 0, 8))
     assert batch.loser is None
     with torch.no_grad():
-        noisy = add_noise(batch.winner, batch.noise, batch.timestep, player.alphas)
+        noisy = add_noise(batch.winner, batch.noise, batch.timestep, player.process.alphas_cumprod)
         predicted = player.model.unet(noisy, batch.timestep, encoder_hidden_states=batch.embeds).sample
     history = run(player, tmp_path)
     assert history[0]["loss"] == pytest.approx(float((predicted - batch.noise).pow(2).mean()), rel=1e-5)
