@@ -20,7 +20,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPVisionConfig
 from examples.emoji.autoencoder import FOLDER as AUTOENCODER
 from examples.emoji.autoencoder import reconstruct, tensor
 from examples.emoji.classifier import FOLDER as CLASSIFIER
-from examples.emoji.classifier import WIDTH, Classifier, augment, new_processor, recall, vocabulary
+from examples.emoji.classifier import WIDTH, Classifier, new_processor, recall, recolour, reshape, vocabulary
 from examples.emoji.loop import DEVICE, TimedTraining, autocast
 from examples.emoji.text import new_tokenizer, style_prompt, text_config, token_ids
 from examples.emoji.world import BUILD, STYLES, build
@@ -96,10 +96,13 @@ def main(minutes: Annotated[float, typer.Option(help="training time")] = 25, bat
         i = seen[torch.randint(len(seen), (batch,))]
         x = torch.where(torch.rand(batch, 1, 1, 1, device=DEVICE) < 0.5, soft[i], pixels[i])
         half = batch // 2  # the second half is mixed: it has no name, only the teacher's embedding
-        x = augment(torch.cat([x[:half], mixed(x[half:])]))
+        x = reshape(torch.cat([x[:half], mixed(x[half:])]))
+        # New colours hide the style, so the first quarter keeps its own.
+        quarter = batch // 4
+        x = torch.cat([x[:quarter], recolour(x[quarter:])]).contiguous(memory_format=torch.channels_last)
         i = i[:half]
         among = torch.cat([concept[i], torch.randint(len(prompts), (64,), device=DEVICE)]).unique()
-        drawn = (style[i] >= 0).nonzero()[:, 0]
+        drawn = (style[i[:quarter]] >= 0).nonzero()[:, 0]
         ids = torch.cat([plain[among], styled[concept[i[drawn]]].flatten(0, 1)])
         with autocast():
             with torch.no_grad():
@@ -113,7 +116,7 @@ def main(minutes: Annotated[float, typer.Option(help="training time")] = 25, bat
         what = F.cross_entropy(scale * image[:half] @ text[: len(among)].T, answer, label_smoothing=0.05)
         four = text[len(among) :].view(len(drawn), len(STYLES), -1)
         which = F.cross_entropy(scale * (four @ image[drawn][:, :, None]).squeeze(-1), style[i[drawn]])
-        return 4 * imitate + 0.5 * what + 0.5 * which
+        return 4 * imitate + 0.5 * what + which
 
     @torch.no_grad()
     def accuracy(model: CLIPModel, x: torch.Tensor, index: torch.Tensor) -> dict[str, float]:
