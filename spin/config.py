@@ -59,9 +59,10 @@ class GenerateConfig(_Config):
 class TrainConfig(_Config):
     """How the player learns. Defaults are those of the paper's SD-1.5 runs (method section 5.1, rebuttal B.1)."""
 
-    objective: Literal["spin", "exact-spin", "sft"] = "spin"
+    objective: Literal["spin", "exact-spin", "sft", "dpo"] = "spin"
     """``spin``: approximate SPIN, Eq. 3.9; ``exact-spin``: on whole trajectories, Eq. 3.8, drawn while training;
-    ``sft``: denoising loss on the winners alone."""
+    ``sft``: denoising loss on the winners alone; ``dpo``: Diffusion-DPO, the same loss as SPIN's on the data's own
+    pairs (one iteration: its reference is the base model)."""
     link: Literal["logistic", "hinge", "correlation", "exponential"] = "logistic"
     """Decreasing convex function of the advantage: see ``spin.losses``. The paper trains with the logistic one."""
     beta: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (2000.0, 5000.0)
@@ -116,6 +117,11 @@ class TrainConfig(_Config):
     def needs_losers(self) -> bool:
         """Whether the opponent's images must be drawn before training."""
         return self.objective == "spin"
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether the data must hold a loser beside each winner."""
+        return self.objective == "dpo"
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> Self:

@@ -4,6 +4,7 @@ A folder::
 
     index.parquet          id, prompt, split
     latents-*.safetensors  ``latents``: float16 [rows, C, H, W] in the denoiser's scale, and the rows' ids
+    losers-*.safetensors   the same of the data's own losers, where it was prepared with pairs
     held-out.parquet       id, prompt, split, image (PNG) of validation and test rows
     rejections.jsonl       where and why, one line per rejected row
 """
@@ -58,6 +59,10 @@ class Dataset:
     def winners(self, ids: Sequence[str]) -> torch.Tensor:
         """Return the latents of the winners ``ids``, float32 [len(ids), C, H, W]."""
         return self._latents.of(ids)
+
+    def losers(self) -> "Latents":
+        """Return the losers of a data set that was prepared with pairs."""
+        return Latents(sorted(self.folder.glob("losers-*.safetensors")))
 
     def held_out(self, split: Split, limit: int) -> list[HeldOut]:
         """Return at most ``limit`` rows of ``split``, in the order of the data set."""

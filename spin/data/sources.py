@@ -12,7 +12,7 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -48,6 +48,8 @@ class Row:
     image: Image.Image
     """RGB, ``resolution`` x ``resolution``."""
     split: Split
+    loser: Image.Image | None = None
+    """The image of a given pair that people liked less, cut as ``image`` is; only where pairs are asked for."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,23 @@ class _Candidate:
     where: str
     load: Callable[[], tuple[object, object]]
     """Return the row's (caption, image bytes), both unchecked, or raise ``_Refused``."""
+    load_loser: Callable[[], object] = lambda: None
+    """Return the bytes of the pair's other image, unchecked, ``None`` without one, or raise ``_Refused``."""
 
 
-def read(config: DataConfig) -> Iterator[Row | Rejection]:
+def read(config: DataConfig, pairs: bool = False) -> Iterator[Row | Rejection]:
     """Yield the rows of ``config.source`` in its order, up to ``config.limit`` accepted ones, and the rejections.
+
+    With ``pairs``, each row has its loser too, and rows without one are rejected: a preference's other image, the
+    ``loser`` column of a table, or the file that a folder's ``metadata.jsonl`` names as ``loser``.
 
     Raises:
         SpinError: (while iterating) the source is missing, of unknown kind, damaged, or lacks what its kind needs.
     """
     accepted = 0
-    for item in _emoji(config.resolution) if config.source == "emoji" else _checked(config):
+    if pairs and config.source == "emoji":
+        raise SpinError("expected data with losers, got 'emoji' (data.source); train.objective dpo needs given pairs")
+    for item in _emoji(config.resolution) if config.source == "emoji" else _checked(config, pairs):
         yield item
         accepted += isinstance(item, Row)
         if accepted == config.limit:
@@ -137,33 +146,38 @@ def _emoji(resolution: int) -> Iterator[Row | Rejection]:
         yield Row(concept.codepoint, concept.prompt, image, concept.split)
 
 
-def _checked(config: DataConfig) -> Iterator[Row | Rejection]:
+def _checked(config: DataConfig, pairs: bool) -> Iterator[Row | Rejection]:
     seen: set[bytes] = set()
     for item in _candidates(config):
         if isinstance(item, Rejection):
             yield item
             continue
         try:
-            row = _row(item, config, seen)
+            row = _row(item, config, seen, pairs)
         except _Refused as refused:
             yield Rejection(item.where, str(refused))
             continue
         yield row
 
 
-def _row(candidate: _Candidate, config: DataConfig, seen: set[bytes]) -> Row:
-    caption, data = candidate.load()
-    prompt = _prompt(caption)
-    if not isinstance(data, bytes) or not data:
-        raise _Refused("no image: expected its bytes in the row")
-    if len(data) > MAX_BYTES:
-        raise _Refused(f"too large: {len(data)} bytes, at most {MAX_BYTES}")
+def _row(candidate: _Candidate, config: DataConfig, seen: set[bytes], pairs: bool) -> Row:
+    caption, found = candidate.load()
+    prompt, data = _prompt(caption), _bytes(found, "image")
     key = hashlib.sha256(f"{prompt}\n{hashlib.sha256(data).hexdigest()}".encode()).digest()[:16]
     if key in seen:
         raise _Refused("duplicate")
     image = cut(data, config.resolution, config.min_size)
+    loser = cut(_bytes(candidate.load_loser(), "loser"), config.resolution, config.min_size) if pairs else None
     seen.add(key)
-    return Row(key.hex(), prompt, image, split_of(prompt, config.held_out_share))
+    return Row(key.hex(), prompt, image, split_of(prompt, config.held_out_share), loser)
+
+
+def _bytes(data: object, what: str) -> bytes:
+    if not isinstance(data, bytes) or not data:
+        raise _Refused(f"no {what}: expected its bytes in the row")
+    if len(data) > MAX_BYTES:
+        raise _Refused(f"too large: {len(data)} bytes, at most {MAX_BYTES}")
+    return data
 
 
 def _prompt(caption: object) -> str:
@@ -269,7 +283,12 @@ def _folder(root: Path) -> Iterator[_Candidate | Rejection]:
         file_name = record.get("file_name") if isinstance(record, dict) else None
         if isinstance(file_name, str) and file_name:
             listed.add(str(PurePosixPath(file_name)))
-            yield _Candidate(_shown(file_name), partial(_listed, root, file_name, _caption_in(record)))
+            candidate = _Candidate(_shown(file_name), partial(_listed, root, file_name, _caption_in(record)))
+            loser = record.get("loser")
+            if isinstance(loser, str) and loser:
+                listed.add(str(PurePosixPath(loser)))
+                candidate = replace(candidate, load_loser=partial(_contents, root, loser))
+            yield candidate
         else:
             yield Rejection(f"metadata.jsonl:{number}", "unreadable: expected a JSON object with file_name")
     for name in images:
@@ -395,7 +414,12 @@ def _table(path: Path, name: str) -> Iterator[_Candidate]:
             for batch in table.iter_batches(batch_size=16, columns=columns):
                 for index in range(batch.num_rows):
                     number += 1
-                    yield _Candidate(f"{_shown(name)}:{number}", partial(_from_batch, batch, index))
+                    row = partial(_record_of, batch, index)
+                    yield _Candidate(
+                        f"{_shown(name)}:{number}",
+                        lambda row=row: _from_record(row()),  # type: ignore[misc]
+                        lambda row=row: _loser_in(row()),  # type: ignore[misc]
+                    )
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         fault = _shown(str(error))
         raise SpinError(
@@ -403,11 +427,9 @@ def _table(path: Path, name: str) -> Iterator[_Candidate]:
         ) from None
 
 
-def _from_batch(batch: Any, index: int) -> tuple[object, object]:
+def _record_of(batch: Any, index: int) -> dict[str, Any]:
     try:
-        return _from_record(
-            {name: column[index].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
-        )
+        return {name: column[index].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
     except UnicodeDecodeError:
         raise _Refused("unreadable caption: not UTF-8") from None
 
@@ -431,7 +453,7 @@ def _columns(names: Collection[str], where: str) -> list[str]:
             f"expected a column {' or '.join(map(repr, CAPTIONS))}, got none ({_shown(where)}); "
             f"rename one: {_nearest(CAPTIONS, names)}"
         )
-    return [*wanted, *captions]
+    return [*wanted, *captions, *(name for name in names if name == "loser" and not preference)]
 
 
 def _nearest(words: Collection[str], names: Collection[str]) -> str:
@@ -449,8 +471,19 @@ def _from_record(record: Mapping[str, Any]) -> tuple[object, object]:
         if label not in (0, 1):
             raise _Refused(f"no preference: label_0 is {_shown(repr(label))}")
         image = record.get("jpg_0" if label == 1 else "jpg_1")
+    return _caption_in(record), _embedded(image)
+
+
+def _loser_in(record: Mapping[str, Any]) -> object:
+    """Return the bytes of the other image of a table's row: its ``loser``, or that of the preference."""
+    if "label_0" in record:
+        return _embedded(record.get("jpg_1" if record["label_0"] == 1 else "jpg_0"))
+    return _embedded(record.get("loser"))
+
+
+def _embedded(image: object) -> object:
     # Only embedded bytes count: a path in the data could point anywhere.
-    return _caption_in(record), image.get("bytes") if isinstance(image, dict) else image
+    return image.get("bytes") if isinstance(image, dict) else image
 
 
 def _hub(source: str, split: str) -> Iterator[_Candidate]:
@@ -470,7 +503,7 @@ def _hub(source: str, split: str) -> Iterator[_Candidate]:
         for number, record in enumerate(stream, 1):
             columns = columns or _columns(list(record), source)
             picked = {column: record.get(column) for column in columns}
-            yield _Candidate(f"row {number}", partial(_from_record, picked))
+            yield _Candidate(f"row {number}", partial(_from_record, picked), partial(_loser_in, picked))
     except SpinError:
         raise
     except Exception as error:

@@ -44,7 +44,9 @@ def prepare(
     run = place.open()
     run.began(config)
     clock = Clock()
-    inputs = {"config": config.model_dump(mode="json", include={"preset", "base_model", "data"})}
+    inputs: dict[str, Any] = {"config": config.model_dump(mode="json", include={"preset", "base_model", "data"})}
+    if config.train.needs_pairs:
+        inputs["pairs"] = True
     if index := run.find("prepare", inputs):
         logger.info("prepare: complete, %d pairs", index.items)
     else:
@@ -153,16 +155,19 @@ def _write(target: Path, config: RunConfig, model: "Model") -> tuple[Counter[str
     index: list[dict[str, str]] = []
     held_out: list[dict[str, Any]] = []
     ids: list[str] = []
-    latents: list[torch.Tensor] = []
+    latents: dict[str, list[torch.Tensor]] = {"latents": [], "losers": []}
     waiting: list[Row] = []
     asked: set[str] = set()
     repeated = 0
     precision = fast_precision(model.device)
 
     def encode() -> None:
-        pixels = torch.from_numpy(np.stack([np.asarray(row.image) for row in waiting])).permute(0, 3, 1, 2)
-        with autocast(model.device, precision):
-            latents.append(model.encode(pixels.float() / 127.5 - 1).half().cpu())
+        for side, images in (("latents", [row.image for row in waiting]), ("losers", [row.loser for row in waiting])):
+            if images[0] is None:
+                continue
+            pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+            with autocast(model.device, precision):
+                latents[side].append(model.encode(pixels.float() / 127.5 - 1).half().cpu())
         ids.extend(row.id for row in waiting)
         waiting.clear()
         logger.info("prepare: %d images encoded", counts["train"])
@@ -171,12 +176,14 @@ def _write(target: Path, config: RunConfig, model: "Model") -> tuple[Counter[str
 
     def flush() -> None:
         number = len(list(target.glob("latents-*")))
-        Latents.write(target / f"latents-{number:05d}.safetensors", ids, torch.cat(latents))
+        for side, parts in latents.items():
+            if parts:
+                Latents.write(target / f"{side}-{number:05d}.safetensors", ids, torch.cat(parts))
+                parts.clear()
         ids.clear()
-        latents.clear()
 
     with (target / "rejections.jsonl").open("w") as rejected:
-        for row in read(config.data):
+        for row in read(config.data, config.train.needs_pairs):
             if isinstance(row, Rejection):
                 reasons[row.reason.split(":")[0]] += 1
                 if sum(reasons.values()) <= MOST_REJECTIONS_LISTED:

@@ -84,10 +84,11 @@ def _train(
     def latents(refs: list[Ref]) -> Latents | None:
         return Latents([run.store.get(ref) for ref in refs]) if refs else None
 
+    winners = Dataset(run.store.get(dataset))
     trainer = Trainer(
         model,
-        Dataset(run.store.get(dataset)),
-        latents(losers),
+        winners,
+        winners.losers() if config.train.needs_pairs else latents(losers),
         config.train,
         iteration,
         fast_precision(model.device),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from itertools import pairwise
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -400,6 +402,35 @@ def test_losers_of_two_iterations_are_mixed_from_the_second_on(world: World) -> 
     second = train(place, 2)
     assert second.inputs["previous"] == [first.outputs["losers"].digest]
     assert second.inputs["losers"] != second.inputs["previous"]
+
+
+def test_dpo_learns_from_the_datas_own_pairs(world: World, tmp_path: Path) -> None:
+    folder = tiny.images(tmp_path / "pairs", 24)
+    (folder / "worse").mkdir()
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["loser"] = f"worse/{row['file_name']}"
+        Image.new("RGB", (40, 36), (128, 128, 128)).save(folder / row["loser"])
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    place = world.place("dpo")
+    options = tiny.overrides(world.judge, objective="dpo", warmup_steps=0)
+    prepared = prepare(place, "emoji-cpu", str(world.base), str(folder), options, iterations=1)
+    data = Dataset(world.store().get(prepared.outputs["dataset"]))
+    grey = data.losers().of(data.ids)
+    torch.testing.assert_close(grey, grey[:1].expand_as(grey))
+    assert not torch.allclose(data.winners(data.ids), grey, atol=1e-2)
+
+    assert generate(place, 1).items == 0
+    index = train(place, 1)
+    assert index.inputs["losers"] == []
+    assert history(world, index)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert history(world, index)[1]["margin"] != 0
+
+
+def test_dpo_needs_pairs(world: World) -> None:
+    options = tiny.overrides(world.judge, objective="dpo")
+    line = refusal(prepare, world.place("no-pairs"), "emoji-cpu", str(world.base), str(world.images), options)
+    assert re.fullmatch(r"expected at least one image with a caption, got 0 pairs .+\(24 no loser\).+", line)
 
 
 def test_lora_is_merged_into_the_player(world: World) -> None:

@@ -491,6 +491,58 @@ def test_folder_of_parquet_files(tmp_path: Path) -> None:
     ]
 
 
+def given(source: object) -> tuple[list[tuple[str, object, object]], list[tuple[str, str]]]:
+    """Return the accepted pairs as (prompt, winner's colour, loser's colour), and the rejections."""
+    items = list(read(settings(source), pairs=True))
+    rows = [item for item in items if isinstance(item, Row)]
+    found = [(row.prompt, color(row), row.loser and row.loser.getpixel((4, 4))) for row in rows]
+    return found, [(item.where, item.reason) for item in items if isinstance(item, Rejection)]
+
+
+def test_the_losers_of_preferences_and_tables(tmp_path: Path) -> None:
+    red, blue = encoded(RED), encoded(BLUE)
+    preferences = table(
+        tmp_path / "pairs.parquet", caption=list("abc"), jpg_0=[red] * 3, jpg_1=[blue] * 3, label_0=[1.0, 0.0, 0.5]
+    )
+    assert given(preferences) == ([("a", RED, BLUE), ("b", BLUE, RED)], [("pairs.parquet:3", "tie")])
+    columns = table(tmp_path / "rows.parquet", text=list("abc"), image=[red] * 3, loser=[blue, None, b"bad"])
+    assert given(columns) == (
+        [("a", RED, BLUE)],
+        [
+            ("rows.parquet:2", "no loser: expected its bytes in the row"),
+            ("rows.parquet:3", "unreadable: UnidentifiedImageError"),
+        ],
+    )
+    # Without the wish for pairs, losers are not even looked at.
+    assert prompts(columns) == ["a", "b", "c"]
+    assert [row.loser for row in both(preferences)[0]] == [None, None]
+
+
+def test_the_losers_of_a_folder(tmp_path: Path) -> None:
+    folder = listed(
+        tmp_path,
+        [
+            {"file_name": "a.png", "text": "a", "loser": "worse/a.png"},
+            {"file_name": "b.png", "text": "b", "loser": "../secret.png"},
+            {"file_name": "c.png", "text": "c"},
+        ],
+    )
+    (folder / "worse").mkdir()
+    (folder / "worse/a.png").write_bytes(encoded(BLUE))
+    for name in ("a", "b", "c"):
+        (folder / f"{name}.png").write_bytes(encoded(RED))
+    assert given(folder) == (
+        [("a", RED, BLUE)],
+        [("b.png", "outside the folder"), ("c.png", "no loser: expected its bytes in the row")],
+    )
+    assert both(folder)[1] == []
+
+
+def test_the_small_world_has_no_losers() -> None:
+    with pytest.raises(SpinError, match=r"^expected data with losers, got 'emoji' \(data.source\); "):
+        list(read(settings("emoji"), pairs=True))
+
+
 def test_preferences(tmp_path: Path) -> None:
     path = table(
         tmp_path / "pairs.parquet",

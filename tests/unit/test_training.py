@@ -43,7 +43,8 @@ def trainer(world: Path, iteration: int = 1, precision: str = "fp32", **options:
         "beta": [2000], "steps": [3], "batch_size": 8, "micro_batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 0,
         "decay_steps": None, "checkpoint_every": 100, "max_winner_drift": 1000, **options,
     }  # fmt: skip
-    losers = Latents([world / "losers.safetensors"]) if options.get("objective", "spin") == "spin" else None
+    paired = options.get("objective", "spin") in ("spin", "dpo")
+    losers = Latents([world / "losers.safetensors"]) if paired else None
     return Trainer(
         models.load(world / "base", CPU),
         Dataset(world / "data"),
@@ -86,6 +87,14 @@ def test_the_first_loss_is_ln_2(world: Path, rank: int, micro: int) -> None:
     assert first["implicit_accuracy"] == 0.0
     assert first["error_winner"] == first["reference_error_winner"] > 0.1
     assert first["grad_norm"] > 0
+
+
+@BOTH
+def test_dpo_is_spin_on_given_pairs(world: Path, tmp_path: Path, rank: int) -> None:
+    """The same loss, link and reference; only where the losers come from differs, and that is not the trainer's."""
+    options = {"lora_rank": rank, "beta": [2000]}
+    spin, dpo = trainer(world, **options), trainer(world, objective="dpo", **options)
+    assert run(dpo, tmp_path) == run(spin, tmp_path)
 
 
 @BOTH
