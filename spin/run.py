@@ -182,6 +182,10 @@ class Run:
         found: dict[str, Any] | None = self.store.read_json(self._path(f"{stage}.progress"))
         return found
 
+    def drop_progress(self, stage: str) -> None:
+        """Forget the progress of a stage that has finished."""
+        self.store.remove_json(self._path(f"{stage}.progress"))
+
     def write_progress(self, stage: str, value: dict[str, Any]) -> None:
         self.store.write_json(self._path(f"{stage}.progress"), value)
 

@@ -182,6 +182,11 @@ class Store:
                 self.bucket, self.prefix + key, io.BytesIO(data), len(data), content_type="application/json"
             )
 
+    def remove_json(self, key: str) -> None:
+        """Remove the JSON document at ``key``, if there is one."""
+        with self._errors():
+            self._client.remove_object(self.bucket, self.prefix + key)
+
     def put_file(self, path: Path) -> Ref:
         """Store a file under its digest; an object that is there already is not sent again."""
         digest = digest_of_file(path)
@@ -275,6 +280,19 @@ class Store:
         finally:
             shutil.rmtree(part, ignore_errors=True)
         return target
+
+    def remove(self, ref: Ref) -> None:
+        """Remove a folder that nothing refers to any more; its listing goes first, so that it is never half there."""
+        key = f"folders/{ref.digest}"
+        with self._errors():
+            listing = self.read_json(f"{key}.json") or {}
+            for name in (f"{key}.json", *(f"{key}/{path}" for path in listing)):
+                self._client.remove_object(self.bucket, self.prefix + name)
+
+    def has(self, ref: Ref) -> bool:
+        """Return whether a folder is there, whole."""
+        with self._errors():
+            return self._exists(f"folders/{ref.digest}.json")
 
     def _fetch(self, key: str, path: Path, digest: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,10 @@ class Diverged(SpinError):
     """The winner's error climbed past its bound; the last good checkpoint is kept."""
 
 
+class Stopped(Exception):
+    """Training was asked to stop and has left a checkpoint of its last whole step."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """A micro-batch of B pairs on the device: latents and noise [B, C, H, W], timestep int64 [B], embeds [B, L, D].
@@ -286,8 +290,12 @@ class Trainer:
         assert loser is not None
         return spin_loss(winner, loser, *reference, self.beta, self.config.link, self.config.loser_gradient_scale)
 
-    def train_step(self) -> dict[str, float]:
-        """Do one optimizer step and return its measures."""
+    def train_step(self, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
+        """Do one optimizer step and return its measures.
+
+        Raises:
+            Stopped: ``stop`` said so between two micro-batches; the weights are those of the step before.
+        """
         config, rank = self.config, self.accelerator.process_index
         rate = learning_rate(config, self.step)
         for group in self.optimizer.param_groups:
@@ -296,6 +304,9 @@ class Trainer:
         mine = places[rank :: self.accelerator.num_processes]
         sums: dict[str, torch.Tensor] = {}
         for micro in range(self.accumulation):
+            if stop():
+                self.optimizer.zero_grad(set_to_none=True)
+                raise Stopped
             part = mine[micro * config.micro_batch_size : (micro + 1) * config.micro_batch_size]
             objective = self.learn(self.batch(part), last=micro == self.accumulation - 1)
             for name, value in objective.measures.items():
@@ -335,6 +346,7 @@ class Trainer:
         on_checkpoint: Callable[[Path], None],
         work: Path,
         resume_from: Path | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Train up to the iteration's number of steps.
 
@@ -343,21 +355,36 @@ class Trainer:
             on_checkpoint: called with a checkpoint folder every ``checkpoint_every`` steps, while the run is healthy.
             work: scratch folder for checkpoints.
             resume_from: a checkpoint folder to go on from.
+            stop: asked before every micro-batch; a yes costs at most that micro-batch and a checkpoint.
+
+        Raises:
+            Stopped: ``stop`` said so; the last whole step went to ``on_checkpoint``.
+            Diverged: see ``watch``.
         """
         if resume_from is not None:
             state = checkpoint.load(resume_from, self.accelerator.unwrap_model(self.player), self.optimizer.optimizer)
             self.step, self.history, self.drift = state["step"], state["history"], state["drift"]
         started, before = time.monotonic(), self.history[-1]["seconds"] if self.history else 0.0
+        kept = self.step
         while self.step < self.steps:
-            measures = self.train_step()
+            try:
+                measures = self.train_step(stop)
+            except Stopped:
+                if self.step > kept:
+                    self._checkpoint(work, on_checkpoint)
+                raise
             self.watch(measures)
             self.history.append({"step": self.step, **measures, "seconds": before + time.monotonic() - started})
             on_step(self.step, measures)
             if self.step % self.config.checkpoint_every == 0 and self.step < self.steps:
-                folder = work / f"checkpoint-{self.step:06d}"
-                state = {"step": self.step, "history": self.history, "drift": self.drift}
-                checkpoint.save(folder, self.accelerator.unwrap_model(self.player), self.optimizer.optimizer, state)
-                on_checkpoint(folder)
+                self._checkpoint(work, on_checkpoint)
+                kept = self.step
+
+    def _checkpoint(self, work: Path, on_checkpoint: Callable[[Path], None]) -> None:
+        folder = work / f"checkpoint-{self.step:06d}"
+        state = {"step": self.step, "history": self.history, "drift": self.drift}
+        checkpoint.save(folder, self.accelerator.unwrap_model(self.player), self.optimizer.optimizer, state)
+        on_checkpoint(folder)
 
     def player_unet(self) -> UNet2DConditionModel:
         """Return the trained denoiser as a plain UNet, adapters merged."""

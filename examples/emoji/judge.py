@@ -97,12 +97,11 @@ def main(minutes: Annotated[float, typer.Option(help="training time")] = 25, bat
         x = torch.where(torch.rand(batch, 1, 1, 1, device=DEVICE) < 0.5, soft[i], pixels[i])
         half = batch // 2  # the second half is mixed: it has no name, only the teacher's embedding
         x = reshape(torch.cat([x[:half], mixed(x[half:])]))
-        # New colours hide the style, so the first quarter keeps its own.
-        quarter = batch // 4
-        x = torch.cat([x[:quarter], recolour(x[quarter:])]).contiguous(memory_format=torch.channels_last)
+        # New colours would hide the style.
+        x = torch.cat([x[:half], recolour(x[half:])]).contiguous(memory_format=torch.channels_last)
         i = i[:half]
         among = torch.cat([concept[i], torch.randint(len(prompts), (64,), device=DEVICE)]).unique()
-        drawn = (style[i[:quarter]] >= 0).nonzero()[:, 0]
+        drawn = (style[i] >= 0).nonzero()[:, 0]
         ids = torch.cat([plain[among], styled[concept[i[drawn]]].flatten(0, 1)])
         with autocast():
             with torch.no_grad():
@@ -116,7 +115,7 @@ def main(minutes: Annotated[float, typer.Option(help="training time")] = 25, bat
         what = F.cross_entropy(scale * image[:half] @ text[: len(among)].T, answer, label_smoothing=0.05)
         four = text[len(among) :].view(len(drawn), len(STYLES), -1)
         which = F.cross_entropy(scale * (four @ image[drawn][:, :, None]).squeeze(-1), style[i[drawn]])
-        return 4 * imitate + 0.5 * what + which
+        return 4 * imitate + 0.5 * what + 2 * which
 
     @torch.no_grad()
     def accuracy(model: CLIPModel, x: torch.Tensor, index: torch.Tensor) -> dict[str, float]:

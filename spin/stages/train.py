@@ -2,8 +2,12 @@
 
 import json
 import shutil
+import signal
 import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +80,7 @@ def _train(
     from spin import models
     from spin.data.dataset import Dataset, Latents
     from spin.sampling import fast_precision
-    from spin.training import Diverged, Trainer
+    from spin.training import Diverged, Stopped, Trainer
 
     folder = run.store.get(opponent)
     model = models.load(folder)
@@ -96,11 +100,18 @@ def _train(
     )
     identity = digest_of(inputs)
     progress = run.read_progress(stage)
-    resume = None
+    kept: Ref | None = None
     before = 0.0
     if progress and progress["inputs"] == identity:
-        resume, before = run.store.get(Ref.model_validate(progress["checkpoint"])), progress["seconds"]
-        logger.info("iteration %d: resuming from step %d", iteration, progress["step"])
+        kept = Ref.model_validate(progress["checkpoint"])
+        if run.store.has(kept):
+            before = progress["seconds"]
+            logger.info("iteration %d: resuming from step %d", iteration, progress["step"])
+        else:
+            # Another run of the same inputs, which ended first, had the same checkpoint and removed it.
+            logger.info("iteration %d: the checkpoint of step %d is gone, starting anew", iteration, progress["step"])
+            kept = None
+    resume = run.store.get(kept) if kept else None
     spoken = 0.0
 
     def on_step(step: int, measures: dict[str, float]) -> None:
@@ -116,7 +127,8 @@ def _train(
             logger.info("iteration %d: step %d of %d  %s", iteration, step, trainer.steps, shown)
 
     def on_checkpoint(path: Path) -> None:
-        ref = run.store.put_folder(path)
+        nonlocal kept
+        older, ref = kept, run.store.put_folder(path)
         run.write_progress(
             stage,
             {
@@ -127,11 +139,18 @@ def _train(
             },
         )
         shutil.rmtree(path)
+        kept = ref
+        if older and older.digest != ref.digest:
+            run.store.remove(older)
 
     with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
         work = Path(scratch)
         try:
-            trainer.run(on_step, on_checkpoint, work, resume)
+            with asked_to_stop() as stop:
+                trainer.run(on_step, on_checkpoint, work, resume, stop)
+        except Stopped:
+            logger.info("iteration %d: asked to stop, step %d is kept; run again to go on", iteration, trainer.step)
+            raise SystemExit(128 + signal.SIGTERM) from None
         except Diverged:
             log.failed("diverged")
             raise
@@ -143,7 +162,7 @@ def _train(
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         history = run.store.put_file(path)
     last = {f"final_{name}": value for name, value in rows[-1].items() if name != "step"}
-    return run.finish(
+    index = run.finish(
         Index(
             stage=stage,
             iteration=iteration,
@@ -155,6 +174,33 @@ def _train(
             producer=producer(),
         )
     )
+    run.drop_progress(stage)
+    if kept:
+        run.store.remove(kept)
+    return index
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Give a function that tells whether SIGTERM has come: a pod is being evicted. Outside a main thread it never has.
+
+    Kubernetes grants 30 seconds by default: enough for a micro-batch and a small checkpoint, not for that of a whole
+    SD-1.5 (10 GB); give such pods a longer terminationGracePeriodSeconds.
+    """
+    asked = False
+
+    def note(*_: object) -> None:
+        nonlocal asked
+        asked = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def beta_of(config: RunConfig, iteration: int) -> float:

@@ -4,6 +4,9 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +30,7 @@ from spin.stages.prepare import prepare
 from spin.stages.register import register
 from spin.stages.score import score
 from spin.stages.train import train
+from spin.store import Ref
 from spin.training import Trainer
 from tests import tiny
 from tests.integration.conftest import Played
@@ -87,7 +91,7 @@ def test_every_stage_leaves_an_index(world: World, played: Played) -> None:
         *(
             f"iteration-00{k}/{stage}"
             for k in (1, 2)
-            for stage in ("generate-0000-of-0002", "generate-0001-of-0002", "train", "train.progress", "score")
+            for stage in ("generate-0000-of-0002", "generate-0001-of-0002", "train", "score")
         ),
     }
     for stage, index in played.indexes.items():
@@ -343,8 +347,8 @@ def test_interrupted_training_ends_as_if_it_had_not_been(
     assert progress["step"] == 1
     took, steps = Trainer.train_step, []
 
-    def take(self: Trainer) -> dict[str, float]:
-        measures = took(self)
+    def take(self: Trainer, stop: Callable[[], bool]) -> dict[str, float]:
+        measures = took(self, stop)
         steps.append(self.step)
         return measures
 
@@ -355,6 +359,73 @@ def test_interrupted_training_ends_as_if_it_had_not_been(
     assert resumed.outputs["history"].digest == whole.outputs["history"].digest
     assert resumed.facts == whole.facts
     assert resumed.seconds > progress["seconds"]
+
+
+def test_an_evicted_pod_leaves_its_last_step(world: World, tmp_path: Path) -> None:
+    """SIGTERM to the command line: it ends at once, saying so, and the next start goes on from that step."""
+    place = shared(world, "evicted", steps=[100_000], checkpoint_every=100_000)
+    generate(place, 1)
+    command = [
+        *(sys.executable, "-m", "spin", "train", "--run-key", "evicted", "--iteration", "1"),
+        *("--store-uri", place.store_uri, "--store-endpoint", place.store_endpoint),
+    ]
+
+    def evict(log: Path) -> str:
+        with log.open("w") as out:
+            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True)
+            try:
+                while not re.search(r": step \d+ of ", log.read_text()):
+                    assert process.poll() is None, log.read_text()
+                    time.sleep(0.05)
+                asked = time.monotonic()
+                process.terminate()
+                assert process.wait(60) == 143
+                assert time.monotonic() - asked < 20
+            finally:
+                process.kill()
+        return log.read_text()
+
+    first = evict(tmp_path / "first.log")
+    assert (said := re.search(r"asked to stop, step (\d+) is kept; run again to go on", first))
+    progress = world.run("evicted").read_progress("iteration-001/train")
+    assert progress is not None
+    assert progress["step"] == int(said[1]) > 0
+    older = Ref.model_validate(progress["checkpoint"])
+    assert f"resuming from step {said[1]}" in evict(tmp_path / "second.log")
+    progress = world.run("evicted").read_progress("iteration-001/train")
+    assert progress is not None
+    assert progress["step"] > int(said[1])
+    # The checkpoint that it replaces is gone.
+    assert not world.store().has(older)
+    assert not [name for name in world.names("folders/") if older.digest in name]
+
+
+def test_a_finished_iteration_leaves_no_checkpoint(world: World) -> None:
+    before = world.names("folders/")
+    learn(shared(world, "clean", learning_rate=3e-5))
+    assert world.run("clean").read_progress("iteration-001/train") is None
+    assert not [name for name in world.names("folders/") - before if "training.safetensors" in name]
+
+
+def test_a_checkpoint_that_is_gone_costs_time_alone(
+    world: World, played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs of equal inputs have equal checkpoints, and the first to end removes them."""
+    place = shared(world, "robbed")
+    generate(place, 1)
+
+    def interrupt(_: Trainer) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "player_unet", interrupt)
+        with pytest.raises(Interrupted):
+            train(place, 1)
+    progress = world.run("robbed").read_progress("iteration-001/train")
+    assert progress is not None
+    world.store().remove(Ref.model_validate(progress["checkpoint"]))
+    again = train(place, 1)
+    assert again.outputs["model"] == played.indexes["iteration-001/train"].outputs["model"]
 
 
 def test_checkpoint_of_other_inputs_is_not_resumed(world: World) -> None:

@@ -18,7 +18,7 @@ from spin.diffusion import add_noise, denoising_error
 from spin.errors import SpinError
 from spin.presets import preset
 from spin.seeding import noise_of
-from spin.training import Diverged, Trainer, learning_rate, order
+from spin.training import Diverged, Stopped, Trainer, learning_rate, order
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -382,6 +382,30 @@ def test_a_resumed_run_is_the_uninterrupted_run(world: Path, tmp_path: Path, ran
         wanted = weights(whole)
         assert weights(resumed).keys() == wanted.keys()
         assert all(torch.equal(value, wanted[name]) for name, value in weights(resumed).items())
+
+
+@BOTH
+def test_a_stop_within_a_step_keeps_the_last_whole_step(world: Path, tmp_path: Path, rank: int) -> None:
+    options = {"lora_rank": rank, "steps": [4], "micro_batch_size": 4}
+    whole = trainer(world, **options)
+    history = run(whole, tmp_path / "whole")
+    stopped, asked = trainer(world, **options), iter([False] * 5 + [True])
+    kept: list[Path] = []
+
+    def keep(folder: Path) -> None:
+        kept.append(shutil.copytree(folder, tmp_path / "kept"))
+
+    # Two micro-batches a step: the sixth question falls into the middle of step 3.
+    with pytest.raises(Stopped):
+        stopped.run(lambda *_: None, keep, tmp_path, stop=lambda: next(asked))
+    assert stopped.step == 2
+    assert len(kept) == 1
+    assert run(trainer(world, **options), tmp_path / "again", resume_from=kept[0]) == history
+
+
+def test_a_stop_before_anything_new_keeps_nothing_new(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        trainer(world).run(lambda *_: None, lambda _: pytest.fail("nothing to keep"), tmp_path, stop=lambda: True)
 
 
 def test_two_runs_are_equal_and_another_seed_is_not(world: Path, tmp_path: Path) -> None:
