@@ -102,6 +102,9 @@ class TrainConfig(_Config):
     loser_gradient_scale: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Below 1, the loser's error pulls less than the winner's: a guard for runs whose winners drift (Diffusion-SDPO
     uses 0.93 for SD-1.5). The loss keeps its value."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Above 0, the player that leaves the iteration is the moving average of its weights over steps (0.999, say);
+    0: the last weights, as in the paper, whose iterations are too short for an average to forget its start."""
     previous_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of pairs whose loser is the previous iteration's, from iteration 2 on (SPIN for language models mixes
     both); the paper draws all of them anew."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
+from diffusers.training_utils import EMAModel
 
 from spin import checkpoint
 from spin.config import TrainConfig
@@ -162,6 +163,8 @@ class Trainer:
             eps=self.config.adam_epsilon,
         )
         self.player, self.optimizer = self.accelerator.prepare(unet, optimizer)
+        decay = self.config.ema_decay
+        self.average = EMAModel(list(checkpoint.trained(unet).values()), decay=decay) if decay else None
 
     def batch(self, places: Sequence[tuple[int, int]]) -> Batch:
         """Assemble the micro-batch of (epoch, row) ``places``; each pair has one timestep and one noise."""
@@ -313,6 +316,8 @@ class Trainer:
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value / self.accumulation
         norm = self.accelerator.clip_grad_norm_(checkpoint.trained(self.player).values(), config.max_grad_norm)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.step(checkpoint.trained(self.accelerator.unwrap_model(self.player)).values())
         self.optimizer.zero_grad(set_to_none=True)
         measures = {name: float(self.accelerator.reduce(value, "mean")) for name, value in sums.items()}
         self.step += 1
@@ -362,7 +367,8 @@ class Trainer:
             Diverged: see ``watch``.
         """
         if resume_from is not None:
-            state = checkpoint.load(resume_from, self.accelerator.unwrap_model(self.player), self.optimizer.optimizer)
+            unet = self.accelerator.unwrap_model(self.player)
+            state = checkpoint.load(resume_from, unet, self.optimizer.optimizer, self.average)
             self.step, self.history, self.drift = state["step"], state["history"], state["drift"]
         started, before = time.monotonic(), self.history[-1]["seconds"] if self.history else 0.0
         kept = self.step
@@ -383,12 +389,15 @@ class Trainer:
     def _checkpoint(self, work: Path, on_checkpoint: Callable[[Path], None]) -> None:
         folder = work / f"checkpoint-{self.step:06d}"
         state = {"step": self.step, "history": self.history, "drift": self.drift}
-        checkpoint.save(folder, self.accelerator.unwrap_model(self.player), self.optimizer.optimizer, state)
+        unet = self.accelerator.unwrap_model(self.player)
+        checkpoint.save(folder, unet, self.optimizer.optimizer, state, self.average)
         on_checkpoint(folder)
 
     def player_unet(self) -> UNet2DConditionModel:
-        """Return the trained denoiser as a plain UNet, adapters merged."""
+        """Return the trained denoiser as a plain UNet: the average where one is kept, adapters merged."""
         unet: UNet2DConditionModel = self.accelerator.unwrap_model(self.player)
+        if self.average is not None:
+            self.average.copy_to(checkpoint.trained(unet).values())
         if self.config.lora_rank:
             unet.fuse_lora()
             unet.unload_lora()

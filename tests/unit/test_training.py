@@ -385,6 +385,32 @@ def test_a_resumed_run_is_the_uninterrupted_run(world: Path, tmp_path: Path, ran
 
 
 @BOTH
+def test_the_player_may_be_the_average_of_its_weights(world: Path, tmp_path: Path, rank: int) -> None:
+    options = {"lora_rank": rank, "steps": [4], "checkpoint_every": 2}
+    player, path = trainer(world, ema_decay=0.3, **options), []
+    start = weights(player)
+    player.run(lambda *_: path.append(weights(player)), lambda _: None, tmp_path)
+    # diffusers: decay of step n (from 0) is min(0.3, (1 + n) / (10 + n)) = 1/10, 2/11, 3/12, 0.3; its first is 0
+    wanted = start
+    for decay, now in zip((0.0, 2 / 11, 3 / 12, 0.3), path, strict=True):
+        wanted = {name: decay * wanted[name] + (1 - decay) * now[name] for name in now}
+    history = [{name: value for name, value in row.items() if name != "seconds"} for row in player.history]
+    trained = dict(zip(wanted, player.average.shadow_params, strict=True))
+    for name, value in wanted.items():
+        torch.testing.assert_close(trained[name], value, rtol=0, atol=1e-6)
+    assert history == run(trainer(world, **options), tmp_path)  # training itself does not see it
+
+    resumed = trainer(world, ema_decay=0.3, **options)
+    run(trainer(world, ema_decay=0.3, **options), tmp_path, keep=tmp_path / "kept")
+    run(resumed, tmp_path / "again", resume_from=tmp_path / "kept" / "checkpoint-000002")
+    for one, other in zip(resumed.average.shadow_params, player.average.shadow_params, strict=True):
+        assert torch.equal(one, other)
+    averaged, last = player.player_unet().state_dict(), trainer(world, **options)
+    run(last, tmp_path)
+    assert any(not torch.equal(value, averaged[name]) for name, value in last.player_unet().state_dict().items())
+
+
+@BOTH
 def test_a_stop_within_a_step_keeps_the_last_whole_step(world: Path, tmp_path: Path, rank: int) -> None:
     options = {"lora_rank": rank, "steps": [4], "micro_batch_size": 4}
     whole = trainer(world, **options)
