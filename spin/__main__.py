@@ -88,13 +88,14 @@ def train(
     tracking_uri: TrackingUri = "",
     experiment: Experiment = "spin-diffusion",
     shards: Shards = 1,
+    processes: Annotated[int, typer.Option(help="Processes that share each batch, one per accelerator.")] = 1,
 ) -> None:
     """Train the player of one iteration."""
     from spin.stages import Place
     from spin.stages.train import train as stage
 
     place = Place(run_key, store_uri, store_endpoint, tracking_uri, experiment)
-    _say(stage(place, iteration, shards).facts)
+    _say(stage(place, iteration, shards, processes).facts)
 
 
 @app.command()

@@ -307,7 +307,7 @@ class Trainer:
         mine = places[rank :: self.accelerator.num_processes]
         sums: dict[str, torch.Tensor] = {}
         for micro in range(self.accumulation):
-            if stop():
+            if self._asked(stop, micro):
                 self.optimizer.zero_grad(set_to_none=True)
                 raise Stopped
             part = mine[micro * config.micro_batch_size : (micro + 1) * config.micro_batch_size]
@@ -360,7 +360,7 @@ class Trainer:
             on_checkpoint: called with a checkpoint folder every ``checkpoint_every`` steps, while the run is healthy.
             work: scratch folder for checkpoints.
             resume_from: a checkpoint folder to go on from.
-            stop: asked before every micro-batch; a yes costs at most that micro-batch and a checkpoint.
+            stop: asked before every micro-batch (by several processes: before every step).
 
         Raises:
             Stopped: ``stop`` said so; the last whole step went to ``on_checkpoint``.
@@ -387,11 +387,22 @@ class Trainer:
                 kept = self.step
 
     def _checkpoint(self, work: Path, on_checkpoint: Callable[[Path], None]) -> None:
-        folder = work / f"checkpoint-{self.step:06d}"
-        state = {"step": self.step, "history": self.history, "drift": self.drift}
-        unet = self.accelerator.unwrap_model(self.player)
-        checkpoint.save(folder, unet, self.optimizer.optimizer, state, self.average)
-        on_checkpoint(folder)
+        if self.accelerator.is_main_process:
+            folder = work / f"checkpoint-{self.step:06d}"
+            state = {"step": self.step, "history": self.history, "drift": self.drift}
+            unet = self.accelerator.unwrap_model(self.player)
+            checkpoint.save(folder, unet, self.optimizer.optimizer, state, self.average)
+            on_checkpoint(folder)
+        self.accelerator.wait_for_everyone()
+
+    def _asked(self, stop: Callable[[], bool], micro: int) -> bool:
+        """Return whether to stop before micro-batch ``micro``; several processes agree on it, once per step."""
+        if self.accelerator.num_processes == 1:
+            return stop()
+        if micro:
+            return False
+        asked = torch.tensor([float(stop())], device=self.model.device)
+        return bool(self.accelerator.reduce(asked, "sum") > 0)
 
     def player_unet(self) -> UNet2DConditionModel:
         """Return the trained denoiser as a plain UNet: the average where one is kept, adapters merged."""

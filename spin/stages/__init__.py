@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass
 
 from spin.errors import SpinError
+from spin.processes import rank
 from spin.run import Run
 from spin.store import Store
 
@@ -29,7 +30,7 @@ class Place:
             handler = logging.StreamHandler(sys.stdout)
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
             logger.addHandler(handler)
-            logger.setLevel(logging.INFO)
+            logger.setLevel(logging.WARNING if rank() else logging.INFO)
             logger.propagate = False
         if self.accelerators:
             import torch

@@ -8,11 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from spin import tracking
 from spin.config import RunConfig
+from spin.processes import joined, rank, spread
 from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iteration, whole_shards
 from spin.stages import Place, logger
 from spin.stages.generate import opponent_of, shard_stage
@@ -21,8 +23,10 @@ from spin.store import Ref, digest_of
 SECONDS_BETWEEN_LINES = 5.0
 
 
-def train(place: Place, iteration: int, shards: int = 1) -> Index:
+def train(place: Place, iteration: int, shards: int = 1, processes: int = 0) -> Index:
     """Train the player of ``iteration`` and store it as a diffusers folder.
+
+    ``processes`` share each batch; 0: one per promised accelerator.
 
     Returns:
         The index: outputs ``model`` (folder) and ``history`` (JSON lines, one per step), facts with the last measures.
@@ -53,8 +57,15 @@ def train(place: Place, iteration: int, shards: int = 1) -> Index:
         "steps": steps,
     }
     index = run.find(stage, inputs)
+    processes = processes or max(1, place.accelerators)
     if index:
         logger.info("iteration %d: training complete, player %s", iteration, index.outputs["model"].digest[:12])
+    elif processes > 1 and not joined():
+        spread(processes, train, place, iteration, shards, processes)
+        index = run.need(stage, "the end of training")
+    if rank():
+        # The first process speaks for all.
+        place = replace(place, tracking_uri="")
     with tracking.stage(place, stage, iteration, system_metrics=index is None) as log:
         if index is None:
             index = _train(run, config, iteration, stage, opponent, dataset, losers, previous, inputs, clock, log)
@@ -154,6 +165,9 @@ def _train(
         except Diverged:
             log.failed("diverged")
             raise
+        if rank():
+            trainer.accelerator.wait_for_everyone()
+            return run.need(stage, "the end of training")
         models.export(folder, trainer.player_unet(), work / "model")
         player = run.store.put_folder(work / "model")
         path = work / "history.jsonl"
@@ -177,6 +191,7 @@ def _train(
     run.drop_progress(stage)
     if kept:
         run.store.remove(kept)
+    trainer.accelerator.wait_for_everyone()
     return index
 
 

@@ -361,6 +361,33 @@ def test_interrupted_training_ends_as_if_it_had_not_been(
     assert resumed.seconds > progress["seconds"]
 
 
+@pytest.mark.parametrize("objective", ["spin", "exact-spin"])
+def test_two_processes_train_as_one(world: World, objective: str) -> None:
+    """The same batches, losses and gradients; sums over processes round differently."""
+    # In float32, and without Adam turning the rounding of tiny gradients into whole steps.
+    options = {
+        "objective": objective, "beta": [20], "trajectory_steps": 3, "learning_rate": 1e-3, "mixed_precision": "no",
+        "adam_epsilon": 1e-4,
+    }  # fmt: skip
+    one, two = (shared(world, f"{objective}-{name}", **options) for name in ("one", "two"))
+    for place in (one, two):
+        generate(place, 1)
+    alone, together = train(one, 1), train(two, 1, processes=2)
+    assert together.items == alone.items
+    for row, other in zip(history(world, alone), history(world, together), strict=True):
+        assert other == pytest.approx(row, rel=1e-3, abs=1e-6)
+    ours, theirs = unet_of(world, alone), unet_of(world, together)
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-4
+    assert train(two, 1, processes=2) == together
+
+
+def test_a_fault_in_one_of_several_processes_is_one_line(world: World) -> None:
+    place = shared(world, "two-faults", micro_batch_size=8)
+    generate(place, 1)
+    line = refusal(train, place, 1, 1, 2)
+    assert line.startswith("expected train.batch_size to be a multiple of micro_batch_size x processes (16), got 8; ")
+
+
 def test_an_evicted_pod_leaves_its_last_step(world: World, tmp_path: Path) -> None:
     """SIGTERM to the command line: it ends at once, saying so, and the next start goes on from that step."""
     place = shared(world, "evicted", steps=[100_000], checkpoint_every=100_000)
