@@ -168,7 +168,7 @@ def upload(
         if same:
             version_id = same[0].pipeline_version_id
             url = _version_url(client, pipeline_id, version_id)
-            if reuse and not version.endswith("-dirty"):
+            if reuse and "-g" in version and not version.endswith("-dirty"):
                 return Uploaded(pipeline_id, version_id, version, url, created=False, reused=True)
             raise SpinError(
                 f"expected a new version name, got {version}, which pipeline {name} already has ({url}); "

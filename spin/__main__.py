@@ -128,8 +128,8 @@ def register(
     run_key: RunKey,
     store_uri: StoreUri,
     store_endpoint: StoreEndpoint,
-    tracking_uri: TrackingUri,
     iterations: Annotated[int, typer.Option(help="Number of finished iterations.")],
+    tracking_uri: TrackingUri = "",
     model_name: Annotated[str, typer.Option(help="Name in the MLflow registry.")] = "spin-diffusion",
     experiment: Experiment = "spin-diffusion",
 ) -> None:

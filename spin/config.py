@@ -68,7 +68,7 @@ class TrainConfig(_Config):
     beta: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (2000.0, 5000.0)
     """Strength per iteration, the last one repeated. It multiplies 1/2 of the difference of the *mean*-reduced
     (over C, H, W) errors: see ``spin.losses.spin_loss``."""
-    trajectory_steps: Positive = 20
+    trajectory_steps: Annotated[int, Field(gt=0, lt=1000)] = 20
     """``exact-spin``: steps of the reverse process."""
     trajectory_scale: PositiveFloat = 0.01
     """``exact-spin``: lambda of Eq. 3.8, in place of beta."""
@@ -133,6 +133,22 @@ class TrainConfig(_Config):
                 f"expected batch_size to be a multiple of micro_batch_size, got {self.batch_size} and "
                 f"{self.micro_batch_size}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _options_of_the_objective(self) -> Self:
+        plain, foreign = type(self).model_fields, set()
+        if self.objective == "exact-spin":
+            foreign = {"shared_noise", "min_snr", "loser_gradient_scale", "previous_share"}
+        elif self.objective == "sft":
+            foreign = {"shared_noise", "loser_gradient_scale", "previous_share", "link"}
+        elif self.objective == "dpo":
+            foreign = {"previous_share"}
+        for name in sorted(foreign):
+            if (value := getattr(self, name)) != plain[name].default:
+                raise ValueError(
+                    f"expected {name} as it is for objective {self.objective}, got {value!r}; it has no use"
+                )
         return self
 
     @model_validator(mode="after")

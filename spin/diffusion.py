@@ -141,4 +141,5 @@ def process_of(scheduler_config: Mapping[str, Any]) -> Diffusion | Flow:
             f"expected a model with prediction_type 'epsilon' or 'v_prediction', got {prediction!r} "
             "(scheduler_config.json of the base model); choose another model"
         )
-    return Diffusion(DDPMScheduler.from_config(dict(scheduler_config)).alphas_cumprod, prediction)
+    # Models trained to zero terminal SNR end at a = 0, where no noise can be told from v; diffusers clamps there too.
+    return Diffusion(DDPMScheduler.from_config(dict(scheduler_config)).alphas_cumprod.clamp(min=2**-24), prediction)

@@ -75,8 +75,11 @@ def resolve(name: str, base_model: str, data_source: str, overrides: dict[str, A
     named_options: dict[str, Any] = {}
     if base_model:
         named_options["base_model"] = base_model
-    if data_source and data_source != config.data.source:
-        # The preset's wording of the prompts and its styles are those of its own data.
+    if data_source:
         named_options["data"] = {"source": data_source}
+    data = overrides.get("data") if isinstance(overrides, dict) else None
+    source = (data.get("source") if isinstance(data, dict) else None) or data_source
+    if source and source != config.data.source:
+        # The preset's wording of the prompts and its styles are those of its own data.
         named_options["score"] = {"template": "{prompt}", "styles": []}
     return override(override(config, named_options), overrides)

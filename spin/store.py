@@ -251,11 +251,15 @@ class Store:
             SpinError: there is nothing at ``uri``, or a name in it leaves the folder.
         """
         bucket, _, path = uri.removeprefix("s3://").rstrip("/").partition("/")
+        if ".." in PurePosixPath(path).parts:
+            raise SpinError(f"expected a plain path, got {uri}; write it without '..'")
         with self._errors():
             found = {
                 str(item.object_name): str(item.etag)
                 for item in self._client.list_objects(bucket, prefix=path, recursive=True)
-                if item.object_name == path or not path or str(item.object_name).startswith(f"{path}/")
+                # Consoles make empty objects that stand for folders.
+                if not str(item.object_name).endswith("/")
+                and (item.object_name == path or not path or str(item.object_name).startswith(f"{path}/"))
             }
         if not found:
             raise SpinError(f"expected a file or folder, got nothing at {uri} ({self.endpoint}); correct the path")
@@ -271,12 +275,17 @@ class Store:
         part = Path(tempfile.mkdtemp(dir=target.parent.parent, prefix=".part-"))
         try:
             for name in found:
-                inside = PurePosixPath(name).relative_to(path)
-                if ".." in inside.parts or name.endswith("/"):
+                inside = PurePosixPath(name.removeprefix(path).lstrip("/"))
+                if ".." in inside.parts:
                     raise SpinError(f"expected plain file names under {uri}, got {name!r}; rename it")
                 with self._errors():
                     self._client.fget_object(bucket, name, str(part / target.name / inside))
-            part.replace(target.parent)
+            try:
+                part.replace(target.parent)
+            except OSError:
+                # Another process was faster.
+                if not target.exists():
+                    raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
         return target
@@ -288,11 +297,6 @@ class Store:
             listing = self.read_json(f"{key}.json") or {}
             for name in (f"{key}.json", *(f"{key}/{path}" for path in listing)):
                 self._client.remove_object(self.bucket, self.prefix + name)
-
-    def has(self, ref: Ref) -> bool:
-        """Return whether a folder is there, whole."""
-        with self._errors():
-            return self._exists(f"folders/{ref.digest}.json")
 
     def _fetch(self, key: str, path: Path, digest: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -385,6 +385,10 @@ class Trainer:
             if self.step % self.config.checkpoint_every == 0 and self.step < self.steps:
                 self._checkpoint(work, on_checkpoint)
                 kept = self.step
+        if self.step > kept and self._asked(stop, 0):
+            # What follows, exporting and storing the player, may take longer than is granted.
+            self._checkpoint(work, on_checkpoint)
+            raise Stopped
 
     def _checkpoint(self, work: Path, on_checkpoint: Callable[[Path], None]) -> None:
         if self.accelerator.is_main_process:

@@ -163,11 +163,14 @@ def _checked(config: DataConfig, pairs: bool) -> Iterator[Row | Rejection]:
 def _row(candidate: _Candidate, config: DataConfig, seen: set[bytes], pairs: bool) -> Row:
     caption, found = candidate.load()
     prompt, data = _prompt(caption), _bytes(found, "image")
-    key = hashlib.sha256(f"{prompt}\n{hashlib.sha256(data).hexdigest()}".encode()).digest()[:16]
+    other = _bytes(candidate.load_loser(), "loser") if pairs else b""
+    # One winner may stand against several losers.
+    named = "\n".join([prompt, *(hashlib.sha256(side).hexdigest() for side in (data, other) if side)])
+    key = hashlib.sha256(named.encode()).digest()[:16]
     if key in seen:
         raise _Refused("duplicate")
     image = cut(data, config.resolution, config.min_size)
-    loser = cut(_bytes(candidate.load_loser(), "loser"), config.resolution, config.min_size) if pairs else None
+    loser = cut(other, config.resolution, config.min_size) if pairs else None
     seen.add(key)
     return Row(key.hex(), prompt, image, split_of(prompt, config.held_out_share), loser)
 

@@ -40,7 +40,10 @@ def prepare(
         SpinError: anything about the options, the store, the base model or the images that would stop the run later.
     """
     config = resolve(preset, base_model, data_source, overrides or {})
-    whole_iteration(iterations, 1)
+    if whole_iteration(iterations, 1) > 1 and config.train.needs_pairs:
+        raise SpinError(
+            f"expected 1 iteration for train.objective dpo, got {iterations}; its reference stays the base model"
+        )
     run = place.open()
     run.began(config)
     clock = Clock()
@@ -59,7 +62,7 @@ def prepare(
 
 def _prepare(run: Run, config: RunConfig, inputs: dict[str, Any], clock: Clock) -> Index:
     from spin import models
-    from spin.diffusion import process_of
+    from spin.diffusion import Flow, process_of
     from spin.scorers.clip import Clip
 
     def local(name: str) -> str:
@@ -68,7 +71,11 @@ def _prepare(run: Run, config: RunConfig, inputs: dict[str, Any], clock: Clock) 
     folder = models.find(local(config.base_model))
     model = models.load(folder)
     shape = model.latents_shape(config.data.resolution)
-    process_of(model.scheduler_config)
+    if isinstance(process_of(model.scheduler_config), Flow):
+        raise SpinError(
+            f"expected a diffusion model (epsilon or v prediction), got a flow model ({config.base_model}); "
+            "flow models cannot be drawn yet: choose another base_model"
+        )
     # A judge that does not load would be noticed only when the first player is scored.
     Clip(config.score.clip_model, model.device)
     with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
@@ -79,7 +86,7 @@ def _prepare(run: Run, config: RunConfig, inputs: dict[str, Any], clock: Clock) 
         if accepted < config.train.batch_size:
             listed = ", ".join(f"{n} {why}" for why, n in rejections.most_common(4)) or "no rejections"
             what = (
-                "at least one image with a caption"
+                f"at least one {'pair of images' if config.train.needs_pairs else 'image'} with a caption"
                 if not sum(counts.values())
                 else (f"at least one batch of training pairs (train.batch_size {config.train.batch_size})")
             )

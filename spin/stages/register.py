@@ -52,9 +52,14 @@ def register(place: Place, model_name: str, iterations: int) -> Index:
         "scores": [c.scores.outputs["scores"].digest for c in candidates],
         "registered": bool(place.tracking_uri),
     }
-    if index := run.find("register", inputs):
-        logger.info("register: %s version %s is %s", model_name, index.facts["version"], index.facts["alias"])
-        return index
+    # Without a server, what was registered before stays so.
+    known = run.find("register", inputs) or (
+        None if place.tracking_uri else run.find("register", inputs | {"registered": True})
+    )
+    if known:
+        if known.facts["version"]:
+            logger.info("register: %s version %s is %s", model_name, known.facts["version"], known.facts["alias"])
+        return known
     facts: dict[str, Any] = {"model_name": model_name, "version": "", "alias": "", "versions": {}, "mlflow_run_id": ""}
     if place.tracking_uri:
         facts |= _register(place, run, config, prepared, candidates, best, model_name)

@@ -14,6 +14,7 @@ from typing import Any
 
 from spin import tracking
 from spin.config import RunConfig
+from spin.errors import SpinError
 from spin.processes import joined, rank, spread
 from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iteration, whole_shards
 from spin.stages import Place, logger
@@ -59,6 +60,7 @@ def train(place: Place, iteration: int, shards: int = 1, processes: int = 0) -> 
     index = run.find(stage, inputs)
     processes = processes or max(1, place.accelerators)
     if index:
+        _clean(run, stage)
         logger.info("iteration %d: training complete, player %s", iteration, index.outputs["model"].digest[:12])
     elif processes > 1 and not joined():
         spread(processes, train, place, iteration, shards, processes)
@@ -112,17 +114,16 @@ def _train(
     identity = digest_of(inputs)
     progress = run.read_progress(stage)
     kept: Ref | None = None
+    resume: Path | None = None
     before = 0.0
     if progress and progress["inputs"] == identity:
-        kept = Ref.model_validate(progress["checkpoint"])
-        if run.store.has(kept):
-            before = progress["seconds"]
+        try:
+            kept = Ref.model_validate(progress["checkpoint"])
+            resume, before = run.store.get(kept), progress["seconds"]
             logger.info("iteration %d: resuming from step %d", iteration, progress["step"])
-        else:
-            # Another run of the same inputs, which ended first, had the same checkpoint and removed it.
-            logger.info("iteration %d: the checkpoint of step %d is gone, starting anew", iteration, progress["step"])
+        except SpinError as error:
+            logger.warning("iteration %d: starting anew, the checkpoint cannot be read (%s)", iteration, error)
             kept = None
-    resume = run.store.get(kept) if kept else None
     spoken = 0.0
 
     def on_step(step: int, measures: dict[str, float]) -> None:
@@ -152,7 +153,7 @@ def _train(
         shutil.rmtree(path)
         kept = ref
         if older and older.digest != ref.digest:
-            run.store.remove(older)
+            _discard(run, older)
 
     with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
         work = Path(scratch)
@@ -160,7 +161,8 @@ def _train(
             with asked_to_stop() as stop:
                 trainer.run(on_step, on_checkpoint, work, resume, stop)
         except Stopped:
-            logger.info("iteration %d: asked to stop, step %d is kept; run again to go on", iteration, trainer.step)
+            kept_step = f"step {trainer.step} is kept" if trainer.step else "no step was finished"
+            logger.info("iteration %d: asked to stop, %s; run again to go on", iteration, kept_step)
             raise SystemExit(128 + signal.SIGTERM) from None
         except Diverged:
             log.failed("diverged")
@@ -188,19 +190,36 @@ def _train(
             producer=producer(),
         )
     )
-    run.drop_progress(stage)
-    if kept:
-        run.store.remove(kept)
+    _clean(run, stage)
     trainer.accelerator.wait_for_everyone()
     return index
+
+
+def _discard(run: Run, checkpoint: Ref) -> None:
+    """Remove a checkpoint; a store that forbids it costs space, not the run."""
+    try:
+        run.store.remove(checkpoint)
+    except SpinError as error:
+        logger.warning("a checkpoint that is no longer needed stays in the store (%s)", error)
+
+
+def _clean(run: Run, stage: str) -> None:
+    """Remove what a finished stage no longer needs: its last checkpoint, and the word of it."""
+    if progress := run.read_progress(stage):
+        _discard(run, Ref.model_validate(progress["checkpoint"]))
+        try:
+            run.drop_progress(stage)
+        except SpinError as error:
+            logger.warning("the progress of %s stays in the store (%s)", stage, error)
 
 
 @contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
     """Give a function that tells whether SIGTERM has come: a pod is being evicted. Outside a main thread it never has.
 
-    Kubernetes grants 30 seconds by default: enough for a micro-batch and a small checkpoint, not for that of a whole
-    SD-1.5 (10 GB); give such pods a longer terminationGracePeriodSeconds.
+    The signal must reach this process: a launcher in between that dies of it takes its children along, and then
+    ``checkpoint_every`` is what bounds the loss. Kubernetes grants 30 seconds by default: enough for a micro-batch and
+    a small checkpoint, not for that of a whole SD-1.5 (10 GB).
     """
     asked = False
 

@@ -53,7 +53,7 @@ def test_unknown_options_name_the_nearest(overrides: dict[str, Any], message: st
         ({"base_model": {"name": "x"}}, "base_model"),
         ({"train": {"batch_size": 32.5}}, "train.batch_size"),
         ({"train": {"prompt_dropout": 1}}, "train.prompt_dropout"),
-        ({"train": {"objective": "dpo"}}, "train.objective"),
+        ({"train": {"objective": "ppo"}}, "train.objective"),
         ({"generate": {"guidance_scale": 0.5}}, "generate.guidance_scale"),
         ({"data": {"held_out_share": 1.0}}, "data.held_out_share"),
         ({"score": {"seed": -1}}, "score.seed"),
@@ -86,6 +86,20 @@ def test_micro_batches_must_fill_the_batch() -> None:
     assert "expected batch_size to be a multiple of micro_batch_size, got 32 and 5" in message
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"objective": "exact-spin", "min_snr": 5},
+        {"objective": "sft", "shared_noise": False},
+        {"objective": "sft", "link": "hinge"},
+        {"objective": "dpo", "previous_share": 0.5},
+    ],
+)
+def test_options_without_use_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(SpinError, match=r"expected \w+ as it is for objective \S+, got .+; it has no use"):
+        override(preset("emoji-cpu"), {"train": options})
+
+
 def test_no_step_trains_at_rate_zero() -> None:
     with pytest.raises(SpinError, match=r"expected decay_steps of at least the longest .+ \(501\), got 500; .+"):
         override(preset("sd15-paper"), {"train": {"steps": [501]}})
@@ -96,6 +110,7 @@ def test_other_data_leaves_the_small_worlds_wording() -> None:
     own, other = resolve("emoji-cpu", "", "", {}).score, resolve("emoji-cpu", "", "./images", {}).score
     assert (own.template, len(own.styles)) == ("{prompt}, openmoji style", 4)
     assert (other.template, other.styles) == ("{prompt}", ())
+    assert resolve("emoji-cpu", "", "", {"data": {"source": "./images"}}).score.template == "{prompt}"
     assert resolve("emoji-cpu", "", "./images", {"score": {"template": "a {prompt}"}}).score.template == "a {prompt}"
 
 
