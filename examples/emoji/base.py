@@ -67,10 +67,12 @@ def varied(x: torch.Tensor) -> torch.Tensor:
 
 
 def new_scheduler() -> DPMSolverMultistepScheduler:
+    # Not Stable Diffusion's schedule: that keeps 0.5 % of the signal at its end, and the mean over 256 places of the
+    # latents shows through. Trained so, the noise decided on the shape and the prompt on the colours alone.
     return DPMSolverMultistepScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
+        beta_start=0.0001,
+        beta_end=0.02,
+        beta_schedule="linear",
         algorithm_type="dpmsolver++",
         steps_offset=1,
     )
