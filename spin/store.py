@@ -72,6 +72,23 @@ def _cache() -> Path:
     return Path(base).expanduser()
 
 
+@contextmanager
+def _arriving(target: Path) -> Iterator[Path]:
+    """Give a path to fetch a file or folder to; move it to ``target`` once it is whole, leave nothing of a fault."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".part-"))
+    try:
+        yield scratch / target.name
+        try:
+            (scratch / target.name).replace(target)
+        except OSError:
+            # Another process was faster; its copy is as good.
+            if not target.exists():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 class Store:
     """A bucket and prefix of an S3 server.
 
@@ -218,12 +235,9 @@ class Store:
         target = _cache() / f"{ref.kind}s" / ref.digest
         if target.exists():
             return target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=target.parent, prefix=".part-"))
-        try:
+        with _arriving(target) as part:
             if ref.kind == "file":
-                self._fetch(f"objects/{ref.digest}", part / "file", ref.digest)
-                (part / "file").replace(target)
+                self._fetch(f"objects/{ref.digest}", part, ref.digest)
             else:
                 listing = self.read_json(f"folders/{ref.digest}.json")
                 if listing is None or digest_of(listing) != ref.digest:
@@ -231,15 +245,7 @@ class Store:
                 for path, entry in listing.items():
                     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
                         raise SpinError(f"expected plain paths in {ref.uri}, got {path!r}; the store is damaged")
-                    self._fetch(f"folders/{ref.digest}/{path}", part / "folder" / path, entry["digest"])
-                try:
-                    (part / "folder").rename(target)
-                except OSError:
-                    # Another process was faster; its copy is verified too.
-                    if not target.exists():
-                        raise
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+                    self._fetch(f"folders/{ref.digest}/{path}", part / path, entry["digest"])
         return target
 
     def download(self, uri: str) -> Path:
@@ -271,23 +277,13 @@ class Store:
         )
         if target.exists():
             return target
-        target.parent.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=target.parent.parent, prefix=".part-"))
-        try:
+        with _arriving(target.parent) as part:
             for name in found:
                 inside = PurePosixPath(name.removeprefix(path).lstrip("/"))
                 if ".." in inside.parts:
                     raise SpinError(f"expected plain file names under {uri}, got {name!r}; rename it")
                 with self._errors():
                     self._client.fget_object(bucket, name, str(part / target.name / inside))
-            try:
-                part.replace(target.parent)
-            except OSError:
-                # Another process was faster.
-                if not target.exists():
-                    raise
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
         return target
 
     def remove(self, ref: Ref) -> None:

@@ -117,7 +117,8 @@ class Trainer:
                 raise SpinError(
                     f"expected a loser for every pair, got none for {len(missing)}, e.g. {missing[0]}; generate"
                 )
-        if config.objective == "exact-spin" and not isinstance(process_of(model.scheduler_config), Diffusion):
+        self.process = process_of(model.scheduler_config).to(model.device)
+        if config.objective == "exact-spin" and not isinstance(self.process, Diffusion):
             raise SpinError("expected a diffusion model for exact-spin, got a flow model; use train.objective spin")
         self.accelerator = Accelerator(mixed_precision="no", cpu=model.device.type == "cpu")
         share = config.micro_batch_size * self.accelerator.num_processes
@@ -127,7 +128,6 @@ class Trainer:
                 f"{config.batch_size}; change one of them"
             )
         self.accumulation = config.batch_size // share
-        self.process = process_of(model.scheduler_config).to(model.device)
         self._make_players()
         self.step, self.drift = 0, 0.0
         self.history: list[dict[str, float]] = []
@@ -173,26 +173,23 @@ class Trainer:
         shape: tuple[int, ...] = self.winners.latents_shape
         if self.config.objective == "exact-spin":
             shape = (self.config.trajectory_steps + 1, *shape)
-        noise = torch.stack(
-            [noise_of(shape, *name, epoch, id) for (epoch, _), id in zip(places, ids, strict=True)],
-            dim=len(shape) - len(self.winners.latents_shape),
-        )
+
+        def noise_for(*kind: str) -> torch.Tensor:
+            rows = [noise_of(shape, *kind, *name, epoch, id) for (epoch, _), id in zip(places, ids, strict=True)]
+            return torch.stack(rows, dim=len(shape) - len(self.winners.latents_shape)).to(device)
+
+        noise = noise_for()
         draws = [generator_of("timestep", *name, epoch, id) for (epoch, _), id in zip(places, ids, strict=True)]
         timestep = torch.cat([self.process.draw(draw) for draw in draws])
         dropped = torch.cat([torch.rand(1, generator=draw) for draw in draws]) < self.config.prompt_dropout
         prompts = ["" if drop else self.winners.prompts[row] for drop, (_, row) in zip(dropped, places, strict=True)]
         with autocast(device, self.precision):
             embeds = self.model.embed(prompts)
-        loser_noise = noise
-        if not self.config.shared_noise:
-            loser_noise = torch.stack(
-                [noise_of(shape, "loser", *name, epoch, id) for (epoch, _), id in zip(places, ids, strict=True)]
-            )
         return Batch(
             self.winners.winners(ids).to(device),
             None if self.losers is None else self.losers_of(places).to(device),
-            noise.to(device),
-            loser_noise.to(device),
+            noise,
+            noise if self.config.shared_noise else noise_for("loser"),
             timestep.to(device),
             embeds,
         )

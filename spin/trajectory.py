@@ -34,6 +34,11 @@ class Chain:
         image = (latents_BCHW - (1 - before).sqrt() * noise_BCHW) / before.sqrt()
         return after.sqrt() * image + (1 - after - sigma**2).clamp(min=0).sqrt() * noise_BCHW
 
+    def noise(self, step: int, latents_BCHW: torch.Tensor, image_BCHW: torch.Tensor) -> torch.Tensor:
+        """Return the noise that is in the latents before ``step`` if they were made from ``image_BCHW``."""
+        before = self.signal_before[step]
+        return (latents_BCHW - before.sqrt() * image_BCHW) / (1 - before).sqrt()
+
 
 def chain_of(alphas_cumprod_T: torch.Tensor, steps: int, eta: float = 1.0) -> Chain:
     """Return the DDIM chain of ``steps`` evenly spaced timesteps; ``eta`` 1 is the ancestral (DDPM) process.
@@ -84,8 +89,7 @@ def real_trajectory(chain: Chain, image_BCHW: torch.Tensor, noise_NBCHW: torch.T
     first = chain.signal_before[0]
     latents = [first.sqrt() * image_BCHW + (1 - first).sqrt() * noise_NBCHW[0]]
     for step in range(len(chain)):
-        before = chain.signal_before[step]
-        noise = (latents[-1] - before.sqrt() * image_BCHW) / (1 - before).sqrt()
+        noise = chain.noise(step, latents[-1], image_BCHW)
         latents.append(chain.mean(step, latents[-1], noise) + chain.sigma[step] * noise_NBCHW[step + 1])
     return latents
 
@@ -137,8 +141,7 @@ def exact_spin(
             loser = chain.mean(step, latents[batch:], seen_by_reference[batch:])
             after = torch.cat([winner[step + 1], loser + chain.sigma[step] * noise_NBCHW[step + 1]])
             drift += transition_drift(chain, step, latents, after, seen, seen_by_reference)
-            before = chain.signal_before[step]
-            noise = (winner[step] - before.sqrt() * winner_BCHW) / (1 - before).sqrt()
+            noise = chain.noise(step, winner[step], winner_BCHW)
             errors += torch.stack([(side[:batch] - noise).pow(2).mean() for side in (seen, seen_by_reference)])
             references.append(seen_by_reference.cpu())
             kept.append(after.cpu())

@@ -10,7 +10,7 @@ chose; the test prompts are drawn by the second command alone.
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,8 @@ from spin.data.dataset import Dataset
 from spin.emoji import concepts
 from spin.errors import SpinError
 from spin.run import Run, iteration_stage
-from spin.scorers.clip import Clip
+from spin.scorers import Scorer
+from spin.scorers.clip import Clip, ClipScore, StyleShare
 from spin.scorers.frechet import Features, frechet_distance
 from spin.scoring import decode_png, draw
 from spin.stages import Place
@@ -127,27 +128,36 @@ def lab() -> Iterator[Lab]:
         yield Lab(servers.s3_endpoint)
 
 
+class Recall:
+    """1 where the judge finds the image's own prompt among all concepts', else 0."""
+
+    name = "recall_at_1"
+
+    def __init__(self, clip: Clip):
+        self.clip = clip
+        self.known = [concept.prompt for concept in concepts()]
+        self.texts = clip.texts(self.known)
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
+        named = (self.clip.images(images) @ self.texts.T).argmax(1).tolist()
+        return torch.tensor([float(self.known[k] == prompt) for k, prompt in zip(named, prompts, strict=True)])
+
+
 class Judge:
-    """Scores per image: fit to the prompt in the wanted style, style, content; and the distance to real drawings."""
+    """The pipeline's own scores per image, the content beside them; and the distance to real drawings."""
 
     def __init__(self, config: RunConfig):
-        device = torch.device("cpu")
-        self.clip, self.config = Clip("emoji", device), config
-        self.features = Features(str(Clip.find("emoji")).replace("judge", "features"), device)
-        self.known = [concept.prompt for concept in concepts()]
-        self.texts = self.clip.texts(self.known)
+        clip = Clip("emoji", torch.device("cpu"))
+        self.features = Features(str(Path(Clip.find("emoji")).with_name("features")), clip.device)
+        self.scorers: list[Scorer] = [
+            ClipScore(clip, config.score.template),
+            StyleShare(clip, config.score.styles),
+            Recall(clip),
+        ]
 
     def scores(self, images: list[Image.Image], prompts: list[str]) -> dict[str, np.ndarray]:
         """Return float [N] arrays by name."""
-        embedded, score = self.clip.images(images), self.config.score
-        styled = [f"{prompt}, {style} style" for prompt in prompts for style in score.styles]
-        fit = (self.clip.texts(styled).view(len(prompts), len(score.styles), -1) @ embedded[:, :, None]).squeeze(-1)
-        named = (embedded @ self.texts.T).argmax(1).tolist()
-        return {
-            "clip_score": 100 * fit[:, 0].numpy(),
-            "style_share": (fit.argmax(1) == 0).float().numpy(),
-            "recall_at_1": np.array([self.known[k] == prompt for k, prompt in zip(named, prompts, strict=True)], float),
-        }
+        return {scorer.name: scorer.score(images, prompts).numpy() for scorer in self.scorers}
 
     def distance(self, images: list[Image.Image], real: list[Image.Image]) -> float:
         return frechet_distance(self.features.of(images), self.features.of(real))

@@ -417,12 +417,8 @@ def _table(path: Path, name: str) -> Iterator[_Candidate]:
             for batch in table.iter_batches(batch_size=16, columns=columns):
                 for index in range(batch.num_rows):
                     number += 1
-                    row = partial(_record_of, batch, index)
-                    yield _Candidate(
-                        f"{_shown(name)}:{number}",
-                        lambda row=row: _from_record(row()),  # type: ignore[misc]
-                        lambda row=row: _loser_in(row()),  # type: ignore[misc]
-                    )
+                    sides = (partial(_from_batch, part, batch, index) for part in (_from_record, _loser_in))
+                    yield _Candidate(f"{_shown(name)}:{number}", *sides)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         fault = _shown(str(error))
         raise SpinError(
@@ -430,9 +426,11 @@ def _table(path: Path, name: str) -> Iterator[_Candidate]:
         ) from None
 
 
-def _record_of(batch: Any, index: int) -> dict[str, Any]:
+def _from_batch(part: Callable[[Mapping[str, Any]], Any], batch: Any, index: int) -> Any:
     try:
-        return {name: column[index].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+        return part(
+            {name: column[index].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+        )
     except UnicodeDecodeError:
         raise _Refused("unreadable caption: not UTF-8") from None
 

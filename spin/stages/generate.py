@@ -79,8 +79,9 @@ def _generate(
     if not config.train.needs_losers:
         logger.info("iteration %d: %s needs no losers, none are drawn", iteration, config.train.objective)
         mine = []
-    model = models.load(run.store.get(opponent))
-    precision = fast_precision(model.device)
+    if mine:
+        model = models.load(run.store.get(opponent))
+        precision = fast_precision(model.device)
     drawn, ids, total = [], [], sum(len(rows) for rows in mine)
     for rows in mine:
         names = [pairs.ids[row] for row in rows]
