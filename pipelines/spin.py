@@ -15,6 +15,7 @@ sys.path[0] = str(ROOT)
 
 from kfp import dsl  # noqa: E402
 
+from components.continue_play.component import continue_play  # noqa: E402
 from components.generate_synthetic.component import generate_synthetic  # noqa: E402
 from components.plan.component import plan  # noqa: E402
 from components.prepare_data.component import prepare_data  # noqa: E402
@@ -90,27 +91,36 @@ def self_play(
     gpu_node_selector: dict,
     gpu_tolerations: list,
 ):
-    """The loop over iterations, one after another; a pipeline of its own, so that its inputs are plain parameters.
+    """The loop over iterations, one after another, while they are worth playing.
 
-    kfp.local hands a loop's item to every input of the loop that is another task's output.
+    A pipeline of its own, so that its inputs are plain parameters: kfp.local hands a loop's item to every input of the
+    loop that is another task's output.
     """
+    where = {
+        "run_key": run_key,
+        "store_uri": store_uri,
+        "store_endpoint": store_endpoint,
+        "tracking_uri": tracking_uri,
+        "experiment": experiment,
+    }
     numbers = place_on_cpu(plan(count=iterations, first=1), cpu="100m", memory="256Mi")
     numbers.set_display_name("Plan iterations")
     with dsl.ParallelFor(numbers.output, parallelism=1, name="iterations") as iteration:
-        spin_iteration(
-            run_key=run_key,
-            iteration=iteration,
-            shards=shards,
-            store_uri=store_uri,
-            store_endpoint=store_endpoint,
-            store_secret=store_secret,
-            tracking_uri=tracking_uri,
-            tracking_secret=tracking_secret,
-            experiment=experiment,
-            gpu_count=gpu_count,
-            gpu_node_selector=gpu_node_selector,
-            gpu_tolerations=gpu_tolerations,
-        )
+        asked = place_on_cpu(continue_play(iteration=iteration, **where), cpu="500m", memory="1Gi")
+        with_store(with_retries(asked), store_secret).set_display_name("Continue play")
+        with dsl.If(asked.output == True, name="worth playing"):  # noqa: E712
+            # A pipeline of its own again: the compiler lets a pod's settings of the inner score-metrics overwrite
+            # those of the outer one, and only plain parameters have the same names in both.
+            spin_iteration(
+                iteration=iteration,
+                shards=shards,
+                store_secret=store_secret,
+                tracking_secret=tracking_secret,
+                gpu_count=gpu_count,
+                gpu_node_selector=gpu_node_selector,
+                gpu_tolerations=gpu_tolerations,
+                **where,
+            )
 
 
 @dsl.pipeline(
@@ -142,7 +152,8 @@ def spin_diffusion(
     Args:
         preset: A named full configuration. emoji-cpu runs in minutes without a GPU (set gpu_count 0 and
             gpu_node_selector {}); sd15-paper is the paper's SD-1.5 run; sd15-lora fits one GPU.
-        iterations: Rounds of self-play, at least 1. The same run_key with a higher number goes on where it ended.
+        iterations: Rounds of self-play, at least 1; play ends sooner once a round no longer improves the player. The
+            same run_key with a higher number goes on where it ended.
         run_key: Name of the run in the store. Empty: a new run. The name of an earlier run resumes it.
         base_model: Diffusers folder (on a disk or s3://) or hub name to start from. Empty: the preset's.
         data_source: Real images with captions: a folder, .tar or .parquet (on a disk or s3://), or hf:NAME. Empty: the

@@ -112,6 +112,9 @@ class TrainConfig(_Config):
     """Share of pairs trained with the empty prompt (Diffusion-DPO uses 0.2)."""
     max_winner_drift: PositiveFloat = 0.1
     """Training stops when the winner's error exceeds the reference's by this share (smoothed over steps)."""
+    stop_when_converged: bool = True
+    """The pipeline plays no further iteration after one with the verdict ``converged`` (see ``spin.instruments``);
+    after ``diverged`` it never does."""
     checkpoint_every: Positive = 50
     """Steps between resumable checkpoints."""
     seed: Annotated[int, Field(ge=0)] = 0

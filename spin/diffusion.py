@@ -42,6 +42,10 @@ class Process(Protocol):
         """Draw one timestep, [1]."""
         ...
 
+    def at(self, share_B: torch.Tensor) -> torch.Tensor:
+        """Return the timesteps [B] below which lie these shares, in [0, 1), of what ``draw`` gives."""
+        ...
+
     def noisy(self, latents_BCHW: torch.Tensor, noise_BCHW: torch.Tensor, timestep_B: torch.Tensor) -> torch.Tensor:
         """Return x_t."""
         ...
@@ -72,6 +76,9 @@ class Diffusion:
     def draw(self, generator: torch.Generator) -> torch.Tensor:
         """Uniform over all timesteps, int64."""
         return torch.randint(len(self.alphas_cumprod), (1,), generator=generator)
+
+    def at(self, share_B: torch.Tensor) -> torch.Tensor:
+        return (share_B * len(self.alphas_cumprod)).long()
 
     def noisy(self, latents_BCHW: torch.Tensor, noise_BCHW: torch.Tensor, timestep_B: torch.Tensor) -> torch.Tensor:
         return add_noise(latents_BCHW, noise_BCHW, timestep_B, self.alphas_cumprod)
@@ -113,8 +120,10 @@ class Flow:
 
     def draw(self, generator: torch.Generator) -> torch.Tensor:
         """sigma * timesteps, float32, sigma = shift u / (1 + (shift - 1) u) with u uniform in [0, 1)."""
-        uniform = torch.rand(1, generator=generator)
-        return self.timesteps * self.shift * uniform / (1 + (self.shift - 1) * uniform)
+        return self.at(torch.rand(1, generator=generator))
+
+    def at(self, share_B: torch.Tensor) -> torch.Tensor:
+        return self.timesteps * self.shift * share_B / (1 + (self.shift - 1) * share_B)
 
     def noisy(self, latents_BCHW: torch.Tensor, noise_BCHW: torch.Tensor, timestep_B: torch.Tensor) -> torch.Tensor:
         sigma = (timestep_B / self.timesteps).view(-1, 1, 1, 1)

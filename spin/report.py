@@ -70,20 +70,26 @@ def caption(rows: Sequence[Index], split: str = "test") -> str:
     )
 
 
-def markdown(run_key: str, rows: Sequence[Index]) -> str:
-    """Return the result table for KFP's Markdown view."""
+def markdown(run_key: str, rows: Sequence[Index], verdicts: Sequence[tuple[str, str]]) -> str:
+    """Return the result table and each iteration's verdict (from the first) for KFP's Markdown view."""
     header, body = table(rows)
     lines = [f"# Run {run_key}", "", "| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     lines += ["| " + " | ".join(line) + " |" for line in body]
-    return "\n".join([*lines, "", caption(rows), ""])
+    lines += ["", caption(rows), ""]
+    lines += [f"- {row_name(k)}: **{word}**, {reason}" for k, (word, reason) in enumerate(verdicts, 1)]
+    return "\n".join([*lines, ""])
 
 
-def html(run_key: str, rows: Sequence[Index], sheet: Path) -> str:
-    """Return one self-contained page: the sheet as a data URI and the table; no script, no outside request."""
+def html(run_key: str, rows: Sequence[Index], verdicts: Sequence[tuple[str, str]], sheet: Path) -> str:
+    """Return one self-contained page: sheet (a data URI), table and verdicts; no script, no outside request."""
     header, body = table(rows)
     picture = base64.b64encode(sheet.read_bytes()).decode()
     heads = "".join(f"<th>{escaping.escape(text)}</th>" for text in header)
     lines = "".join("<tr>" + "".join(f"<td>{escaping.escape(text)}</td>" for text in line) + "</tr>" for line in body)
+    items = "".join(
+        f"<li>{row_name(k)}: <strong>{word}</strong>, {escaping.escape(reason)}</li>"
+        for k, (word, reason) in enumerate(verdicts, 1)
+    )
     alt = f"One row per model from the base to iteration {rows[-1].iteration}, real images in the last row"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -98,6 +104,7 @@ td {{ font-variant-numeric: tabular-nums; }} small, figcaption {{ opacity: .8; }
 <h1>SPIN-Diffusion, run {escaping.escape(run_key)}</h1>
 <div style="overflow-x:auto"><table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>
 <p><small>{escaping.escape(caption(rows))}.</small></p>
+{f"<ul>{items}</ul>" if items else ""}
 <figure><img src="data:image/png;base64,{picture}" alt="{escaping.escape(alt)}">
 <figcaption>Held-out prompts, the same seeds in every row; the real image is last.</figcaption></figure>
 </body></html>

@@ -191,7 +191,7 @@ class StageLog:
         self._flush()
 
     def index(self, index: Index) -> None:
-        """Log a finished stage: facts as metrics, digests and producer as tags; a known index is not logged twice.
+        """Log a finished stage once: facts as metrics or tags, digests and producer as tags.
 
         It comes last: what is known by its index is not logged again.
         """
@@ -208,6 +208,7 @@ class StageLog:
             numbers |= {"seconds": index.seconds, "items": index.items}
             tags = {f"spin.{name}": ref.digest for name, ref in index.outputs.items()}
             tags |= {f"spin.producer.{name}": value for name, value in index.producer.items() if value}
+            tags |= {f"spin.{name}": value for name, value in index.facts.items() if isinstance(value, str) and value}
             self._client.log_batch(
                 self.run_id,
                 metrics=[Metric(key, float(value), finished, index.iteration) for key, value in numbers.items()],

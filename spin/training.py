@@ -33,7 +33,7 @@ LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 class Diverged(SpinError):
-    """The winner's error climbed past its bound; the last good checkpoint is kept."""
+    """The winner's error climbed past its bound, or a measure is no number; the weights are of no use."""
 
 
 class Stopped(Exception):
@@ -183,16 +183,19 @@ class Trainer:
         timestep = torch.cat([self.process.draw(draw) for draw in draws])
         dropped = torch.cat([torch.rand(1, generator=draw) for draw in draws]) < self.config.prompt_dropout
         prompts = ["" if drop else self.winners.prompts[row] for drop, (_, row) in zip(dropped, places, strict=True)]
-        with autocast(device, self.precision):
-            embeds = self.model.embed(prompts)
         return Batch(
             self.winners.winners(ids).to(device),
             None if self.losers is None else self.losers_of(places).to(device),
             noise,
             noise if self.config.shared_noise else noise_for("loser"),
             timestep.to(device),
-            embeds,
+            self.embed(prompts),
         )
+
+    def embed(self, prompts: list[str]) -> torch.Tensor:
+        """Return what the denoiser reads of ``prompts``, [B, L, D]."""
+        with autocast(self.model.device, self.precision):
+            return self.model.embed(prompts)
 
     def losers_of(self, places: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Return the losers' latents of (epoch, row) ``places``; some may be the previous iteration's."""
@@ -330,7 +333,7 @@ class Trainer:
         if broken := [name for name, value in measures.items() if not math.isfinite(value)]:
             raise Diverged(
                 f"expected finite measures, got {broken[0]} {measures[broken[0]]} at step {self.step} of iteration "
-                f"{self.iteration}; lower train.learning_rate"
+                f"{self.iteration}; lower train.learning_rate, under a new run key"
             )
         if "winner_drift" in measures:
             drift = measures["winner_drift"] / measures["reference_error_winner"]
@@ -338,8 +341,8 @@ class Trainer:
             if self.drift > self.config.max_winner_drift:
                 raise Diverged(
                     f"expected the winners' error to stay within {self.config.max_winner_drift:.0%} of the opponent's, "
-                    f"got {self.drift:+.1%} at step {self.step} of iteration {self.iteration}; the last good "
-                    "checkpoint is kept: raise train.beta or lower train.learning_rate, under a new run key"
+                    f"got {self.drift:+.1%} at step {self.step} of iteration {self.iteration}; raise train.beta or "
+                    "lower train.learning_rate, under a new run key"
                 )
 
     def run(
@@ -350,7 +353,7 @@ class Trainer:
         resume_from: Path | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Train up to the iteration's number of steps.
+        """Train up to the iteration's number of steps; the player ends as its moving average, where one is kept.
 
         Args:
             on_step: called with the 1-based step and its measures.
@@ -386,6 +389,8 @@ class Trainer:
             # What follows, exporting and storing the player, may take longer than is granted.
             self._checkpoint(work, on_checkpoint)
             raise Stopped
+        if self.average is not None:
+            self.average.copy_to(checkpoint.trained(self.accelerator.unwrap_model(self.player)).values())
 
     def _checkpoint(self, work: Path, on_checkpoint: Callable[[Path], None]) -> None:
         if self.accelerator.is_main_process:
@@ -406,10 +411,8 @@ class Trainer:
         return bool(self.accelerator.reduce(asked, "sum") > 0)
 
     def player_unet(self) -> UNet2DConditionModel:
-        """Return the trained denoiser as a plain UNet: the average where one is kept, adapters merged."""
+        """Return the trained denoiser as a plain UNet, adapters merged."""
         unet: UNet2DConditionModel = self.accelerator.unwrap_model(self.player)
-        if self.average is not None:
-            self.average.copy_to(checkpoint.trained(unet).values())
         if self.config.lora_rank:
             unet.fuse_lora()
             unet.unload_lora()

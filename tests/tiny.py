@@ -113,6 +113,8 @@ def dataset(folder: Path, pairs: int = 24, held_out: int = 2) -> Path:
             rows.append(row)
             shown.append({**row, "image": png.getvalue()})
     latents, half = random_latents(pairs, seed=2), pairs // 2
+    unseen = [row["id"] for row in rows if row["split"] == "validation"]
+    Latents.write(folder / "latents-00002.safetensors", unseen, random_latents(held_out, seed=4))
     Latents.write(folder / "latents-00000.safetensors", ids[:half], latents[:half])
     Latents.write(folder / "latents-00001.safetensors", ids[half:], latents[half:])
     pq.write_table(pa.Table.from_pylist(rows), folder / "index.parquet")
@@ -131,7 +133,10 @@ def overrides(judge_folder: Path, **train: object) -> dict[str, object]:
     return {
         "data": {"resolution": RESOLUTION, "min_size": 16, "held_out_share": 0.3, "encode_batch": 8},
         "generate": {"num_inference_steps": 2, "batch_size": 4, "guidance_scale": 2},
-        "train": {"steps": [3], "batch_size": 8, "micro_batch_size": 4, "checkpoint_every": 1, **train},
+        "train": {
+            "steps": [3], "batch_size": 8, "micro_batch_size": 4, "checkpoint_every": 1,
+            "stop_when_converged": False, **train,
+        },
         "score": {
             "clip_model": str(judge_folder), "template": "{prompt}", "styles": [], "bootstrap": 50, "sheet_prompts": 3,
         },

@@ -31,8 +31,8 @@ def spin_train(
         tracking_uri: Address of the MLflow server.
         experiment: MLflow experiment.
         losers: The indexes of all shards; they make this task wait for them.
-        model: The player's index.
-        metrics: The last training step's measures.
+        model: The player's index, with the verdict on the iteration.
+        metrics: The last training step's measures, and the change of the error on held-out real images.
     """
     from pathlib import Path
 
@@ -41,9 +41,12 @@ def spin_train(
 
     place = Place(run_key, store_uri, store_endpoint, tracking_uri, experiment, accelerators)
     index = train(place, iteration, shards)
-    model.metadata.update(index.outputs["model"].model_dump() | {"iteration": iteration})
+    verdict = {"iteration": iteration, "verdict": index.facts["verdict"], "reason": index.facts["reason"]}
+    model.metadata.update(index.outputs["model"].model_dump() | verdict)
     Path(model.path).write_text(index.model_dump_json())
     for name in ("first_loss", "final_loss", "final_implicit_accuracy", "final_margin", "final_winner_drift"):
         if name in index.facts:
             metrics.log_metric(name, index.facts[name])
+    if held_out := index.facts.get("held_out"):
+        metrics.log_metric("held_out_error_change", held_out["error_change"]["value"])
     metrics.log_metric("seconds", index.seconds)

@@ -3,7 +3,8 @@
 A folder::
 
     index.parquet          id, prompt, split
-    latents-*.safetensors  ``latents``: float16 [rows, C, H, W] in the denoiser's scale, and the rows' ids
+    latents-*.safetensors  ``latents``: float16 [rows, C, H, W] in the denoiser's scale, and the rows' ids; train rows
+                           and the first ``MOST_VALIDATION`` validation rows
     losers-*.safetensors   the same of the data's own losers, where it was prepared with pairs
     held-out.parquet       id, prompt, split, image (PNG) of validation and test rows
     rejections.jsonl       where and why, one line per rejected row
@@ -24,6 +25,17 @@ from safetensors.torch import save_file
 
 from spin.emoji import Split
 
+MOST_VALIDATION = 256
+"""Validation rows that training measures itself on."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A row's id and prompt."""
+
+    id: str
+    prompt: str
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -43,6 +55,9 @@ class Dataset:
         train = table.filter(pc.equal(table["split"], "train"))
         self.ids: list[str] = train["id"].to_pylist()
         self.prompts: list[str] = train["prompt"].to_pylist()
+        validation = table.filter(pc.equal(table["split"], "validation")).slice(0, MOST_VALIDATION)
+        self.validation = [Prompt(row["id"], row["prompt"]) for row in validation.to_pylist()]
+        """Held-out rows with latents."""
 
     def __len__(self) -> int:
         return len(self.ids)

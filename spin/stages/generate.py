@@ -1,4 +1,4 @@
-"""generate-synthetic: the opponent draws the losers for one shard of the training prompts."""
+"""generate-synthetic: the opponent draws the losers for one shard of the training and validation prompts."""
 
 import tempfile
 from pathlib import Path
@@ -70,12 +70,13 @@ def _generate(
     import torch
 
     from spin import models
-    from spin.data.dataset import Dataset, Latents
+    from spin.data.dataset import Dataset, Latents, Prompt
     from spin.sampling import batches, fast_precision, roundtrip, sample_latents, shard_batches
     from spin.seeding import noise_of
 
     pairs = Dataset(run.store.get(dataset))
-    mine = list(shard_batches(len(pairs), config.generate.batch_size, shard, shards))
+    prompts = [*(Prompt(*row) for row in zip(pairs.ids, pairs.prompts, strict=True)), *pairs.validation]
+    mine = list(shard_batches(len(prompts), config.generate.batch_size, shard, shards))
     if not config.train.needs_losers:
         logger.info("iteration %d: %s needs no losers, none are drawn", iteration, config.train.objective)
         mine = []
@@ -84,11 +85,11 @@ def _generate(
         precision = fast_precision(model.device)
     drawn, ids, total = [], [], sum(len(rows) for rows in mine)
     for rows in mine:
-        names = [pairs.ids[row] for row in rows]
+        names = [prompts[row].id for row in rows]
         noise = torch.stack(
             [noise_of(pairs.latents_shape, "generate", config.generate.seed, iteration, id) for id in names]
         )
-        latents = sample_latents(model, [pairs.prompts[row] for row in rows], noise, config.generate, precision)
+        latents = sample_latents(model, [prompts[row].prompt for row in rows], noise, config.generate, precision)
         if config.generate.roundtrip:
             latents = roundtrip(model, latents, precision)
         drawn.append(latents.cpu())
@@ -113,7 +114,7 @@ def _generate(
             iteration=iteration,
             inputs=inputs,
             outputs={"losers": losers},
-            facts={"batches": len(mine), "batches_in_all": len(batches(len(pairs), config.generate.batch_size))},
+            facts={"batches": len(mine), "batches_in_all": len(batches(len(prompts), config.generate.batch_size))},
             seconds=clock.seconds,
             items=len(ids),
             producer=producer(),

@@ -152,7 +152,7 @@ def _write(target: Path, config: RunConfig, model: "Model") -> tuple[Counter[str
     import pyarrow.parquet as pq
     import torch
 
-    from spin.data.dataset import Latents
+    from spin.data.dataset import MOST_VALIDATION, Latents
     from spin.data.sources import Rejection, Row, read
     from spin.sampling import autocast, fast_precision
 
@@ -177,7 +177,7 @@ def _write(target: Path, config: RunConfig, model: "Model") -> tuple[Counter[str
                 latents[side].append(model.encode(pixels.float() / 127.5 - 1).half().cpu())
         ids.extend(row.id for row in waiting)
         waiting.clear()
-        logger.info("prepare: %d images encoded", counts["train"])
+        logger.info("prepare: %d pairs encoded", counts["train"])
         if len(ids) >= ROWS_PER_FILE:
             flush()
 
@@ -204,11 +204,11 @@ def _write(target: Path, config: RunConfig, model: "Model") -> tuple[Counter[str
                 asked.add(row.prompt)
             counts[row.split] += 1
             index.append({"id": row.id, "prompt": row.prompt, "split": row.split})
-            if row.split == "train":
+            if row.split == "train" or (row.split == "validation" and counts[row.split] <= MOST_VALIDATION):
                 waiting.append(row)
                 if len(waiting) == config.data.encode_batch:
                     encode()
-            elif counts[row.split] <= config.score.max_prompts:
+            if row.split != "train" and counts[row.split] <= config.score.max_prompts:
                 png = io.BytesIO()
                 row.image.save(png, "PNG")
                 held_out.append({"id": row.id, "prompt": row.prompt, "split": row.split, "image": png.getvalue()})

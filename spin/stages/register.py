@@ -1,4 +1,4 @@
-"""register-model: a registry version per iteration, the alias ``challenger`` on the best one, the run closed."""
+"""register-model: a registry version per player, the alias ``challenger`` on the best one, the run closed."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +9,7 @@ from spin.errors import SpinError
 from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iteration
 from spin.scorers import PRIMARY
 from spin.stages import Place, logger
+from spin.stages.train import is_last, verdict_of
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,11 @@ class Candidate:
 
 
 def register(place: Place, model_name: str, iterations: int) -> Index:
-    """Register the player of every iteration and point ``challenger`` at the best on the validation prompts.
+    """Register the players of all iterations and point ``challenger`` at the best on the validation prompts.
 
-    The test prompts have no part in the choice, so the table on them stays honest. Without a tracking server the
-    choice is made and nothing is registered.
+    Iterations after the last one worth playing (see ``is_last``) are not asked for, and one that diverged has no
+    player: if that is the first, nothing is registered. The test prompts have no part in the choice, so the table on
+    them stays honest. Without a tracking server the choice is made and nothing is registered.
 
     Raises:
         SpinError: an iteration is incomplete, or the registry is out of reach (nothing is lost: run it again).
@@ -39,13 +41,9 @@ def register(place: Place, model_name: str, iterations: int) -> Index:
     run = place.open()
     config, clock = run.config(), Clock()
     prepared = run.need("prepare", "register")
-    candidates = [
-        Candidate(
-            k, run.need(iteration_stage(k, "train"), "register"), run.need(iteration_stage(k, "score"), "register")
-        )
-        for k in range(1, iterations + 1)
-    ]
-    best = max(candidates, key=lambda candidate: candidate.validation)
+    candidates = _candidates(run, iterations)
+    best = max(candidates, key=lambda candidate: candidate.validation, default=None)
+    model = best.training.outputs["model"] if best else prepared.outputs["base"]
     inputs: dict[str, Any] = {
         "model_name": model_name,
         "players": [c.training.outputs["model"].digest for c in candidates],
@@ -61,23 +59,39 @@ def register(place: Place, model_name: str, iterations: int) -> Index:
             logger.info("register: %s version %s is %s", model_name, known.facts["version"], known.facts["alias"])
         return known
     facts: dict[str, Any] = {"model_name": model_name, "version": "", "alias": "", "versions": {}, "mlflow_run_id": ""}
-    if place.tracking_uri:
+    if best is None:
+        logger.info("register: the first iteration diverged, nothing registered; the best is the base model")
+        if place.tracking_uri:
+            facts["mlflow_run_id"] = tracking.Registry(place).close_run()
+    elif place.tracking_uri:
         facts |= _register(place, run, config, prepared, candidates, best, model_name)
     else:
-        uri = best.training.outputs["model"].uri
-        logger.info("register: no tracking_uri, nothing registered; the best is iteration %d, %s", best.iteration, uri)
+        logger.info(
+            "register: no tracking_uri, nothing registered; the best is iteration %d, %s", best.iteration, model.uri
+        )
     return run.finish(
         Index(
             stage="register",
-            iteration=best.iteration,
+            iteration=best.iteration if best else 0,
             inputs=inputs,
-            outputs={"model": best.training.outputs["model"]},
+            outputs={"model": model},
             facts=facts | {"chosen_by": f"validation {PRIMARY}"},
             seconds=clock.seconds,
             items=len(candidates),
             producer=producer(),
         )
     )
+
+
+def _candidates(run: Run, iterations: int) -> list[Candidate]:
+    candidates = []
+    for k in range(1, iterations + 1):
+        training = run.need(iteration_stage(k, "train"), "register")
+        if verdict_of(training)[0] != "diverged":
+            candidates.append(Candidate(k, training, run.need(iteration_stage(k, "score"), "register")))
+        if is_last(run, training):
+            break
+    return candidates
 
 
 def _register(
@@ -103,6 +117,7 @@ def _register(
             "spin.opponent_digest": str(made.inputs["opponent"]),
             "spin.commit": made.producer["commit"],
             "spin.objective": config.train.objective,
+            "spin.verdict": verdict_of(made)[0],
             "spin.store_endpoint": run.store.endpoint,
         }
         for split, metrics in candidate.scores.facts["metrics"].items():

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from spin import report, tracking
 from spin.run import Clock, Index, iteration_stage, whole_iteration
 from spin.stages import Place, logger
+from spin.stages.train import verdict_of
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,8 @@ def score(place: Place, iteration: int) -> Scored:
     stage = iteration_stage(iteration, "score")
     prepared = run.need("prepare", stage)
     dataset = prepared.outputs["dataset"]
-    player = (
-        prepared.outputs["base"]
-        if iteration == 0
-        else (run.need(iteration_stage(iteration, "train"), stage).outputs["model"])
-    )
+    trained = [run.need(iteration_stage(k, "train"), stage) for k in range(1, iteration + 1)]
+    player = trained[-1].outputs["model"] if trained else prepared.outputs["base"]
     earlier = [run.need(iteration_stage(k, "score"), stage) for k in range(iteration)]
     inputs = {
         "player": player.digest,
@@ -47,9 +45,9 @@ def score(place: Place, iteration: int) -> Scored:
         from spin.scoring import score_player
 
         index = score_player(run, config, iteration, stage, player, dataset, earlier, inputs, clock)
-    rows = [*earlier, index]
+    rows, verdicts = [*earlier, index], [verdict_of(stage) for stage in trained]
     sheet = run.store.get(index.outputs["sheet"])
-    result = Scored(index, report.html(run.key, rows, sheet), report.markdown(run.key, rows))
+    result = Scored(index, report.html(run.key, rows, verdicts, sheet), report.markdown(run.key, rows, verdicts))
     with tracking.stage(place, stage, iteration) as log:
         log.report(result.html, sheet, iteration)
         log.index(index)

@@ -1,4 +1,4 @@
-"""spin-train: one iteration of self-play on winners and losers; checkpoints and the player go to the store."""
+"""spin-train: one iteration of self-play on winners and losers; checkpoints, player and verdict go to the store."""
 
 import json
 import shutil
@@ -30,10 +30,12 @@ def train(place: Place, iteration: int, shards: int = 1, processes: int = 0) -> 
     ``processes`` share each batch; 0: one per promised accelerator.
 
     Returns:
-        The index: outputs ``model`` (folder) and ``history`` (JSON lines, one per step), facts with the last measures.
+        The index: outputs ``model`` (folder) and ``history`` (JSON lines, one per step); facts with the last measures,
+        those on held-out pairs (``held_out``), and the ``verdict`` with its ``reason``. After ``diverged`` the model is
+        the opponent, unchanged, and the output ``rejected`` is what training came to, where it came to an end.
 
     Raises:
-        SpinError: a predecessor is incomplete, or training diverged (the last good checkpoint stays in the store).
+        SpinError: a predecessor is incomplete.
     """
     iteration, shards = whole_iteration(iteration, 1), whole_shards(shards)
     run = place.open()
@@ -71,6 +73,7 @@ def train(place: Place, iteration: int, shards: int = 1, processes: int = 0) -> 
     with tracking.stage(place, stage, iteration, system_metrics=index is None) as log:
         if index is None:
             index = _train(run, config, iteration, stage, opponent, dataset, losers, previous, inputs, clock, log)
+        logger.info("iteration %d: %s, %s", iteration, *verdict_of(index))
         history = run.store.get(index.outputs["history"]).read_text().splitlines()
         log.curves([json.loads(line) for line in history])
         log.index(index)
@@ -90,8 +93,10 @@ def _train(
     clock: Clock,
     log: tracking.StageLog,
 ) -> Index:
+    beta = config.train.of(iteration)[0]
     from spin import models
     from spin.data.dataset import Dataset, Latents
+    from spin.instruments import errors_on_grid, gradient_snr, measure, verdict
     from spin.sampling import fast_precision
     from spin.training import Diverged, Stopped, Trainer
 
@@ -155,38 +160,47 @@ def _train(
         if older and older.digest != ref.digest:
             _discard(run, older)
 
+    # Before the first step, and before a checkpoint is loaded, the player is its opponent.
+    before_training, snr = errors_on_grid(trainer), gradient_snr(trainer)
+    facts: dict[str, Any] = {"beta": beta, "steps": trainer.steps}
+    outputs = {"model": opponent}
     with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
         work = Path(scratch)
         try:
             with asked_to_stop() as stop:
                 trainer.run(on_step, on_checkpoint, work, resume, stop)
+            held_out = measure(before_training, errors_on_grid(trainer)) | {"gradient_snr": snr}
+            word, reason = verdict(held_out)
+            facts["held_out"] = held_out
         except Stopped:
             kept_step = f"step {trainer.step} is kept" if trainer.step else "no step was finished"
             logger.info("iteration %d: asked to stop, %s; run again to go on", iteration, kept_step)
             raise SystemExit(128 + signal.SIGTERM) from None
-        except Diverged:
-            log.failed("diverged")
-            raise
+        except Diverged as error:
+            word, reason = "diverged", str(error)
         if rank():
             trainer.accelerator.wait_for_everyone()
             return run.need(stage, "the end of training")
-        models.export(folder, trainer.player_unet(), work / "model")
-        player = run.store.put_folder(work / "model")
+        if "held_out" in facts:
+            models.export(folder, trainer.player_unet(), work / "model")
+            outputs["rejected" if word == "diverged" else "model"] = run.store.put_folder(work / "model")
         path = work / "history.jsonl"
         # Seconds differ from run to run; the history's digest should not.
         rows = [{key: value for key, value in row.items() if key != "seconds"} for row in trainer.history]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        history = run.store.put_file(path)
-    last = {f"final_{name}": value for name, value in rows[-1].items() if name != "step"}
+        outputs["history"] = run.store.put_file(path)
+    if rows:
+        facts["first_loss"] = rows[0]["loss"]
+        facts |= {f"final_{name}": value for name, value in rows[-1].items() if name != "step"}
     index = run.finish(
         Index(
             stage=stage,
             iteration=iteration,
             inputs=inputs,
-            outputs={"model": player, "history": history},
-            facts={"beta": beta_of(config, iteration), "steps": trainer.steps, "first_loss": rows[0]["loss"], **last},
+            outputs=outputs,
+            facts=facts | {"verdict": word, "reason": reason},
             seconds=round(before + clock.seconds, 2),
-            items=trainer.steps * config.train.batch_size,
+            items=trainer.step * config.train.batch_size,
             producer=producer(),
         )
     )
@@ -237,5 +251,27 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def beta_of(config: RunConfig, iteration: int) -> float:
-    return config.train.of(iteration)[0]
+def verdict_of(index: Index) -> tuple[str, str]:
+    """Return verdict and reason of a training stage."""
+    return index.facts["verdict"], index.facts["reason"]
+
+
+def is_last(run: Run, index: Index) -> bool:
+    """Return whether no further iteration is worth playing after this training stage."""
+    word = index.facts["verdict"]
+    return word == "diverged" or (word == "converged" and run.config().train.stop_when_converged)
+
+
+def goes_on(place: Place, iteration: int) -> bool:
+    """Return whether ``iteration`` is to be played: the verdicts on all before it say so.
+
+    Raises:
+        SpinError: an earlier iteration is incomplete.
+    """
+    run = place.open()
+    for earlier in range(1, iteration):
+        index = run.need(iteration_stage(earlier, "train"), iteration_stage(iteration, "train"))
+        if is_last(run, index):
+            logger.info("iteration %d is not played; iteration %d: %s, %s", iteration, earlier, *verdict_of(index))
+            return False
+    return True

@@ -30,7 +30,7 @@ from spin.stages.generate import generate
 from spin.stages.prepare import prepare
 from spin.stages.register import register
 from spin.stages.score import score
-from spin.stages.train import train
+from spin.stages.train import goes_on, train
 from spin.store import Ref
 from spin.training import Trainer
 from tests import tiny
@@ -114,11 +114,11 @@ def test_facts_add_up(world: World, played: Played) -> None:
     assert len(data) == prepared.items == rows["train"]
     for k in (1, 2):
         drawn = [played.indexes[f"iteration-00{k}/generate-000{shard}-of-0002"] for shard in (0, 1)]
-        assert losers(world, drawn).keys() == set(data.ids)
+        assert losers(world, drawn).keys() == {*data.ids, *(row.id for row in data.validation)}
         assert (
             sum(index.facts["batches"] for index in drawn)
             == drawn[0].facts["batches_in_all"]
-            == math.ceil(len(data) / 4)
+            == math.ceil((len(data) + len(data.validation)) / 4)
         )
         trained = played.indexes[f"iteration-00{k}/train"]
         assert (trained.iteration, trained.items) == (k, 3 * 8)
@@ -306,11 +306,11 @@ def test_shard_is_one_of_the_shards(played: Played, shard: int) -> None:
 
 def test_number_of_shards_changes_nothing(world: World, played: Played) -> None:
     place = shared(world, "shards")
-    drawn = {n: [generate(place, 1, shard, n) for shard in range(n)] for n in (1, 2, 5)}
-    assert [len(drawn[n]) for n in drawn] == [1, 2, 5]
-    assert 0 in [index.items for index in drawn[5]], "a shard without work is part of the test"
-    one, two, five = (losers(world, indexes) for indexes in drawn.values())
-    assert one == two == five
+    drawn = {n: [generate(place, 1, shard, n) for shard in range(n)] for n in (1, 2, 6)}
+    assert [len(drawn[n]) for n in drawn] == [1, 2, 6]
+    assert 0 in [index.items for index in drawn[6]], "a shard without work is part of the test"
+    one, two, six = (losers(world, indexes) for indexes in drawn.values())
+    assert one == two == six
     players = [played.indexes["iteration-001/train"], *(train(place, 1, n) for n in drawn)]
     assert len({player.outputs["model"].digest for player in players}) == 1
     assert len({player.outputs["history"].digest for player in players}) == 1
@@ -556,13 +556,50 @@ def test_lora_is_merged_into_the_player(world: World) -> None:
     assert second.facts["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_diverged_training_leaves_no_player(world: World) -> None:
+def test_after_divergence_the_opponent_is_kept_and_play_ends(world: World) -> None:
     place = shared(world, "diverged", learning_rate=10.0, steps=[30], warmup_steps=0)
-    line = refusal(learn, place)
-    assert line.startswith("expected ")
-    assert "lower train.learning_rate" in line
-    assert "\n" not in line
-    assert "iteration-001/train.json" not in world.documents("diverged")
+    index = learn(place)
+    base = world.run("diverged").need("prepare", "").outputs["base"]
+    assert index.facts["verdict"] == "diverged"
+    assert re.fullmatch(r"expected .+; .*lower train.learning_rate, under a new run key", index.facts["reason"])
+    assert index.outputs["model"] == base
+    assert index.outputs.keys() == {"model", "history"}
+    assert not goes_on(place, 2)
+    line = score(place, 0).markdown + score(place, 1).markdown
+    assert f"- iteration 1: **diverged**, {index.facts['reason']}" in line
+    registered = register(world.place("diverged", world.servers.mlflow_uri), "never", 2)
+    assert registered.outputs["model"] == base
+    assert registered.iteration == 0
+    assert registered.facts["version"] == ""
+
+
+def test_a_player_that_ruins_unseen_images_is_set_aside(world: World) -> None:
+    """Training goes well by its own measures; only the held-out images tell."""
+    place = shared(world, "ruined", learning_rate=1e-2, steps=[25], link="correlation", max_winner_drift=1000)
+    index = learn(place)
+    assert index.facts["verdict"] == "diverged"
+    assert index.facts["final_implicit_accuracy"] > 0.8
+    assert index.facts["held_out"]["error_change"]["low"] > 0.01
+    assert index.outputs["model"].digest == index.inputs["opponent"]
+    rejected = models.load(world.store().get(index.outputs["rejected"]), torch.device("cpu"))
+    assert not torch.equal(rejected.unet.conv_in.weight.cpu(), unet_of(world, index)["conv_in.weight"])
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_play_ends_after_convergence_unless_told_otherwise(world: World, stops: bool) -> None:
+    place = shared(world, f"converged-{stops}", learning_rate=1e-9, warmup_steps=0, stop_when_converged=stops)
+    index = learn(place)
+    assert index.facts["verdict"] == "converged"
+    assert index.facts["held_out"]["images"] == world.run(place.run_key).need("prepare", "").facts["validation_rows"]
+    assert index.facts["held_out"]["gradient_snr"] > 0
+    assert goes_on(place, 1)
+    assert goes_on(place, 2) is not stops
+    score(place, 0)
+    score(place, 1)
+    if stops:
+        assert register(place, "tiny", 2).iteration == 1
+    else:
+        assert "iteration-002/train" in refusal(register, place, "tiny", 2)
 
 
 def test_player_is_a_pipeline_that_draws(world: World, played: Played) -> None:

@@ -239,16 +239,15 @@ def test_resumed_training_continues_its_curve(
     assert [step for step, _ in points(client, run, "loss")] == [1, 2, 3, 4, 5]
 
 
-def test_diverged_training_is_marked(client: MlflowClient, world: World) -> None:
+def test_the_verdict_and_its_reason_are_tags(client: MlflowClient, world: World) -> None:
     place = world.place("diverged-tracked", world.servers.mlflow_uri)
     world.prepare(place, learning_rate=10.0, steps=[30], warmup_steps=0)
     generate(place, 1)
-    with pytest.raises(SpinError) as refused:
-        train(place, 1)
+    facts = train(place, 1).facts
     run = only(client, "diverged-tracked", "iteration-001/train")
-    assert run.info.status == "FAILED"
-    assert run.data.tags["spin.failure"] == str(refused.value)
-    assert only(client, "diverged-tracked", "pipeline").info.status == "RUNNING"
+    assert run.data.tags["spin.verdict"] == facts["verdict"] == "diverged"
+    assert run.data.tags["spin.reason"] == facts["reason"]
+    assert run.info.status == "FINISHED"
 
 
 def test_registry_has_a_version_per_iteration(client: MlflowClient, played: Played) -> None:

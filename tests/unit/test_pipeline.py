@@ -274,8 +274,9 @@ def test_every_input_of_every_task_is_supplied(documents: list[Spec]) -> None:
         "root",
         "root/self-play",
         "root/self-play/for-loop-1",
-        "root/self-play/for-loop-1/spin-iteration",
-        "root/self-play/for-loop-1/spin-iteration/for-loop-1",
+        "root/self-play/for-loop-1/condition-2",
+        "root/self-play/for-loop-1/condition-2/spin-iteration",
+        "root/self-play/for-loop-1/condition-2/spin-iteration/for-loop-1",
     ]
     reached = {task["componentRef"]["name"] for _, dag in dags(spec) for task in dag["dag"]["tasks"].values()}
     assert reached == set(spec["components"])

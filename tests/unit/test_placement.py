@@ -17,6 +17,7 @@ TABLE = {
     "Prepare data": ("4", "32Gi", "32Gi", GPU, 0, {STORE, TRACKING}),
     "Score base": ("4", "32Gi", "32Gi", GPU, 3, {STORE, TRACKING}),
     "Plan iterations": ("100m", "256Mi", "256Mi", NONE, 0, set()),
+    "Continue play": ("500m", "1Gi", "1Gi", NONE, 3, {STORE}),
     "Plan shards": ("100m", "256Mi", "256Mi", NONE, 0, set()),
     "Generate losers": ("4", "32Gi", "32Gi", GPU, 3, {STORE, TRACKING}),
     "Train player": ("8", "64Gi", "64Gi", GPU, 3, {STORE, TRACKING}),

@@ -62,7 +62,7 @@ def test_the_table_by_hand(rows: list[Index]) -> None:
 
 
 def test_markdown(rows: list[Index]) -> None:
-    lines = markdown("run-1", rows).splitlines()
+    lines = markdown("run-1", rows, [("improved", "error -2.0 % [-3.0, -1.0]")]).splitlines()
     assert lines[0] == "# Run run-1"
     assert lines[2:6] == [
         "| model | CLIP score | Win rate over base |",
@@ -70,6 +70,7 @@ def test_markdown(rows: list[Index]) -> None:
         "| base | 20.00 [19.75, 20.25] | - |",
         "| iteration 1 | 21.12 [20.87, 21.37] | 0.500 [0.250, 0.750] |",
     ]
+    assert lines[-1] == "- iteration 1: **improved**, error -2.0 % [-3.0, -1.0]"
     assert caption(rows).startswith("7 held-out test prompts, 2 image(s) each")
 
 
@@ -80,19 +81,19 @@ def test_cells_and_names() -> None:
 
 
 def test_markup_in_the_run_key_is_text(rows: list[Index], sheet: Path) -> None:
-    page = html(EVIL, rows, sheet)
+    page = html(EVIL, rows, [("diverged", EVIL)], sheet)
     assert "<script" not in page
-    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 2
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 3
 
 
 def test_markup_in_a_metric_name_is_text(sheet: Path) -> None:
-    page = html("r", [row(0, {EVIL: estimate(1.0)})], sheet)
+    page = html("r", [row(0, {EVIL: estimate(1.0)})], [], sheet)
     assert "<script" not in page
     assert "<th>&lt;script&gt;" in page
 
 
 def test_the_page_is_self_contained(rows: list[Index], sheet: Path) -> None:
-    page = html("run-1", rows, sheet)
+    page = html("run-1", rows, [("improved", "error -2.0 %")], sheet)
     assert not re.search(r"https?:|//\w|@import|url\(|<link|<script|<iframe|srcset|\son\w+=", page, re.IGNORECASE)
     sources = re.findall(r"""(?:src|href|action|poster|data)\s*=\s*["']?([^"'>\s]*)""", page)
     assert len(sources) == 1
@@ -102,7 +103,7 @@ def test_the_page_is_self_contained(rows: list[Index], sheet: Path) -> None:
 
 def test_the_page_is_as_large_as_its_picture(rows: list[Index], sheet: Path) -> None:
     # base64 makes 4 characters of 3 bytes
-    assert len(html("run-1", rows, sheet)) < 4 * (sheet.stat().st_size // 3 + 1) + 4000
+    assert len(html("run-1", rows, [("improved", "error -2.0 %")], sheet)) < 4 * (sheet.stat().st_size // 3 + 1) + 4000
 
 
 def test_contact_sheet_layout() -> None:

@@ -1,0 +1,139 @@
+"""Instruments on pairs that are never trained on, and the verdict on an iteration that follows from them.
+
+The paper's theory ends the game where the player's denoising error on real images can fall no further (Theorem 4.2).
+That error is measured on a fixed grid: always the same held-out images, timesteps and noise, so that two networks
+differ by their weights alone. Shapes: N images, T timesteps, B pairs in one pass, C H W latents.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from spin import checkpoint
+from spin.seeding import noise_of
+from spin.stats import bootstrap
+from spin.training import Batch, Trainer, order
+
+Verdict = Literal["improved", "converged", "diverged"]
+
+GRID = 8
+"""Timesteps of the grid: the middles of as many equal parts of the range that training draws from."""
+MOST_IMAGES = 256
+GRADIENTS = 8
+"""Micro-batches per process behind the gradient's signal-to-noise ratio."""
+RESAMPLES = 2000
+HARM = 0.01
+"""The held-out error may rise by this share before an iteration counts as diverged."""
+
+
+@dataclass(frozen=True)
+class GridErrors:
+    """Denoising errors on the grid, float32 [N, T]; ``loser`` is ``None`` where the held-out prompts have none."""
+
+    timesteps: tuple[float, ...]
+    winner: torch.Tensor
+    loser: torch.Tensor | None
+
+
+@torch.no_grad()
+def errors_on_grid(trainer: Trainer) -> GridErrors:
+    """Return the player's errors on the held-out pairs; several processes share the images."""
+    accelerator, data, losers = trainer.accelerator, trainer.winners, trainer.losers
+    device, size = trainer.model.device, trainer.config.micro_batch_size
+    rows = data.validation[:MOST_IMAGES]
+    paired = losers is not None and all(row.id in losers for row in rows)
+    middles = (torch.arange(GRID) + 0.5) / GRID
+    timesteps = trainer.process.at(middles.to(device))
+    denoiser = accelerator.unwrap_model(trainer.player)
+    # Each process fills in its own images, zeros elsewhere; the sum is the whole grid.
+    errors = torch.zeros(2, len(rows), GRID, device=device)
+    mine = range(accelerator.process_index, len(rows), accelerator.num_processes)
+    for start in range(0, len(mine), size):
+        places = list(mine[start : start + size])
+        ids = [rows[place].id for place in places]
+        winner = data.winners(ids).to(device)
+        loser = losers.of(ids).to(device) if paired and losers is not None else None
+        embeds = trainer.embed([rows[place].prompt for place in places])
+        for column in range(GRID):
+            noise = torch.stack([noise_of(data.latents_shape, "held-out", id, column) for id in ids]).to(device)
+            timestep = timesteps[column].repeat(len(ids))
+            pair = Batch(winner, loser, noise, noise, timestep, embeds)
+            for side, error in enumerate(trainer.errors(denoiser, pair)):
+                if error is not None:
+                    errors[side, places, column] = error
+    errors = accelerator.reduce(errors, "sum").cpu()
+    return GridErrors(tuple(float(t) for t in timesteps), errors[0], errors[1] if paired else None)
+
+
+def gradient_snr(trainer: Trainer) -> float:
+    """Return |mean g|^2 / (tr Cov(g) / n) over n micro-batches at the opponent's weights: about 1 is noise alone.
+
+    To be asked before the first step, when the player is its opponent. The buffer for the mean is as large as one of
+    the optimizer's moments, which do not exist yet.
+    """
+    accelerator, size = trainer.accelerator, trainer.config.micro_batch_size
+    parameters = list(checkpoint.trained(accelerator.unwrap_model(trainer.player)).values())
+    total = [torch.zeros_like(parameter) for parameter in parameters]
+    squares = torch.zeros((), device=trainer.model.device, dtype=torch.float64)
+    n = GRADIENTS * accelerator.num_processes
+    places = order(trainer.winners.ids, trainer.config.seed, trainer.iteration, 0, n * size)
+    mine = places[accelerator.process_index :: accelerator.num_processes]
+    for start in range(0, len(mine), size):
+        trainer.learn(trainer.batch(mine[start : start + size]), last=False)
+        for parameter, running in zip(parameters, total, strict=True):
+            if parameter.grad is not None:
+                running += parameter.grad
+                squares += parameter.grad.double().square().sum()
+        trainer.optimizer.zero_grad(set_to_none=True)
+    squares = accelerator.reduce(squares, "sum")
+    mean_square = sum(float((accelerator.reduce(part, "sum") / n).double().square().sum()) for part in total)
+    variance = (float(squares) - n * mean_square) / (n - 1)
+    return mean_square / (variance / n) if variance > 0 else float("inf")
+
+
+def measure(opponent: GridErrors, player: GridErrors) -> dict[str, Any]:
+    """Return what changed from opponent to player, with 95 % intervals over held-out images.
+
+    ``error_change``: of the real images' error, as a share of the opponent's (below 0: better). With losers also
+    ``implicit_accuracy``, the share of (image, timestep) with a margin above 0, and ``margin`` in units of the error.
+    ``by_timestep`` holds the means of each column of the grid.
+    """
+    change = (player.winner - opponent.winner) / opponent.winner.mean()
+    found: dict[str, torch.Tensor] = {"error_change": change}
+    if player.loser is not None and opponent.loser is not None:
+        margin = (player.loser - opponent.loser) - (player.winner - opponent.winner)
+        found |= {"implicit_accuracy": (margin > 0).float(), "margin": margin}
+    overall = {name: bootstrap(values.mean(1).numpy(), RESAMPLES).as_dict() for name, values in found.items()}
+    columns = {
+        f"{timestep:04.0f}": {name: float(values[:, column].mean()) for name, values in found.items()}
+        for column, timestep in enumerate(player.timesteps)
+    }
+    return {**overall, "images": len(change), "by_timestep": columns}
+
+
+def verdict(measures: dict[str, Any]) -> tuple[Verdict, str]:
+    """Return the verdict on an iteration and its reason, one line.
+
+    - ``diverged``: the held-out real images' error rose, surely, by more than ``HARM``.
+    - ``improved``: it fell, surely; or the player tells unseen real images from its opponent's better than by chance
+      and their error did not rise by more than that.
+    - ``converged``: neither; a next iteration would play against the same opponent.
+
+    "Surely" means that the 95 % interval lies on that side. The accuracy alone is no proof: it nears 1 in runs that
+    ruin real images, but the losers faster. Training may have called an iteration diverged before (``Diverged``).
+    """
+    change, accuracy = measures["error_change"], measures.get("implicit_accuracy")
+    told = f"error on {measures['images']} held-out real images {_percent(change, signed=True)}"
+    if accuracy:
+        told += f", told from the opponent's {_percent(accuracy)}"
+    if change["low"] > HARM:
+        return "diverged", told
+    if change["high"] < 0 or (accuracy and accuracy["low"] > 0.5):
+        return "improved", told
+    return "converged", told
+
+
+def _percent(estimate: dict[str, float], signed: bool = False) -> str:
+    value, low, high = (format(100 * estimate[name], "+.1f" if signed else ".1f") for name in ("value", "low", "high"))
+    return f"{value} % [{low}, {high}]"
