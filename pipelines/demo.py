@@ -135,6 +135,7 @@ def _summary(folder: Path, servers: Laptop, values: dict[str, Any], pipeline_sec
     """Read the finished run back from the store: nothing here was kept in memory by the demo."""
     from spin.run import iteration_stage
     from spin.stages import Place
+    from spin.stages.train import played
 
     run = Place(values["run_key"], values["store_uri"], servers.s3_endpoint, servers.mlflow_uri).open()
     prepared, registered = run.need("prepare", "the summary"), run.need("register", "the summary")
@@ -149,12 +150,11 @@ def _summary(folder: Path, servers: Laptop, values: dict[str, Any], pipeline_sec
 
     iterations = []
     digests = {"dataset": prepared.outputs["dataset"].digest, "base": prepared.outputs["base"].digest}
-    for k in range(values["iterations"] + 1):
+    for k, trained in enumerate([None, *played(run, values["iterations"], "the summary")]):
         scored = run.need(iteration_stage(k, "score"), "the summary")
         count("score", scored)
         row: dict[str, Any] = {"iteration": k, "metrics": scored.facts["metrics"]}
-        if k:
-            trained = run.need(iteration_stage(k, "train"), "the summary")
+        if trained:
             count("train", trained)
             for shard in range(int(values.get("generate_shards", 2))):
                 shards = int(values.get("generate_shards", 2))
@@ -190,6 +190,9 @@ def _show(folder: Path, summary: dict[str, Any]) -> None:
         table.add_row(row_name(row["iteration"]), *(cell(name, metrics.get(name)) for name in last))
     console.print()
     console.print(table)
+    for row in summary["iterations"][1:]:
+        training = row["training"]
+        console.print(f"{row_name(row['iteration'])}: {training['verdict']}, {training['reason']}", markup=False)
     phases = Table(title="Work", title_justify="left")
     for title in ("phase", "seconds", "images or pairs"):
         phases.add_column(title)

@@ -15,13 +15,9 @@ sys.path[0] = str(ROOT)
 
 from kfp import dsl  # noqa: E402
 
-from components.continue_play.component import continue_play  # noqa: E402
-from components.generate_synthetic.component import generate_synthetic  # noqa: E402
-from components.plan.component import plan  # noqa: E402
 from components.prepare_data.component import prepare_data  # noqa: E402
 from components.register_model.component import register_model  # noqa: E402
 from components.score_metrics.component import score_metrics  # noqa: E402
-from components.spin_train.component import spin_train  # noqa: E402
 from pipelines.placement import (  # noqa: E402
     A100_80GB,
     GPU_TAINT,
@@ -31,96 +27,10 @@ from pipelines.placement import (  # noqa: E402
     with_store,
     with_tracking,
 )
+from pipelines.play import self_play  # noqa: E402
 
 CHOICES = {"preset": ["emoji-cpu", "sd15-paper", "sd15-lora"]}
 """Parameters that the form shows as a dropdown."""
-
-
-@dsl.pipeline(name="spin-iteration", display_name="Iteration")
-def spin_iteration(
-    run_key: str,
-    iteration: int,
-    shards: int,
-    store_uri: str,
-    store_endpoint: str,
-    store_secret: str,
-    tracking_uri: str,
-    tracking_secret: str,
-    experiment: str,
-    gpu_count: int,
-    gpu_node_selector: dict,
-    gpu_tolerations: list,
-):
-    """One round of self-play: the opponent draws, the player trains, the player is scored."""
-    place = {
-        "store_uri": store_uri,
-        "store_endpoint": store_endpoint,
-        "tracking_uri": tracking_uri,
-        "experiment": experiment,
-        "run_key": run_key,
-        "iteration": iteration,
-        "accelerators": gpu_count,
-    }
-
-    def on_gpu(task: dsl.PipelineTask, cpu: str, memory: str) -> dsl.PipelineTask:
-        with_tracking(with_store(with_retries(task), store_secret), tracking_secret)
-        return place_on_gpu(task, cpu, memory, gpu_count, gpu_node_selector, gpu_tolerations)
-
-    numbers = place_on_cpu(plan(count=shards, first=0), cpu="100m", memory="256Mi").set_display_name("Plan shards")
-    with dsl.ParallelFor(numbers.output, name="shards") as shard:
-        drawn = on_gpu(generate_synthetic(shard=shard, shards=shards, **place), cpu="4", memory="32Gi")
-        drawn.set_display_name("Generate losers")
-    trained = on_gpu(
-        spin_train(shards=shards, losers=dsl.Collected(drawn.outputs["losers"]), **place), cpu="8", memory="64Gi"
-    ).set_display_name("Train player")
-    on_gpu(score_metrics(**place), cpu="4", memory="32Gi").after(trained).set_display_name("Score player")
-
-
-@dsl.pipeline(name="self-play", display_name="Self-play")
-def self_play(
-    run_key: str,
-    iterations: int,
-    shards: int,
-    store_uri: str,
-    store_endpoint: str,
-    store_secret: str,
-    tracking_uri: str,
-    tracking_secret: str,
-    experiment: str,
-    gpu_count: int,
-    gpu_node_selector: dict,
-    gpu_tolerations: list,
-):
-    """The loop over iterations, one after another, while they are worth playing.
-
-    A pipeline of its own, so that its inputs are plain parameters: kfp.local hands a loop's item to every input of the
-    loop that is another task's output.
-    """
-    where = {
-        "run_key": run_key,
-        "store_uri": store_uri,
-        "store_endpoint": store_endpoint,
-        "tracking_uri": tracking_uri,
-        "experiment": experiment,
-    }
-    numbers = place_on_cpu(plan(count=iterations, first=1), cpu="100m", memory="256Mi")
-    numbers.set_display_name("Plan iterations")
-    with dsl.ParallelFor(numbers.output, parallelism=1, name="iterations") as iteration:
-        asked = place_on_cpu(continue_play(iteration=iteration, **where), cpu="500m", memory="1Gi")
-        with_store(with_retries(asked), store_secret).set_display_name("Continue play")
-        with dsl.If(asked.output == True, name="worth playing"):  # noqa: E712
-            # A pipeline of its own again: the compiler lets a pod's settings of the inner score-metrics overwrite
-            # those of the outer one, and only plain parameters have the same names in both.
-            spin_iteration(
-                iteration=iteration,
-                shards=shards,
-                store_secret=store_secret,
-                tracking_secret=tracking_secret,
-                gpu_count=gpu_count,
-                gpu_node_selector=gpu_node_selector,
-                gpu_tolerations=gpu_tolerations,
-                **where,
-            )
 
 
 @dsl.pipeline(

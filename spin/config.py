@@ -112,6 +112,11 @@ class TrainConfig(_Config):
     """Share of pairs trained with the empty prompt (Diffusion-DPO uses 0.2)."""
     max_winner_drift: PositiveFloat = 0.1
     """Training stops when the winner's error exceeds the reference's by this share (smoothed over steps)."""
+    validate_every: Annotated[int, Field(ge=0)] = 0
+    """Above 0, the player draws and scores the validation prompts every so many steps; the iteration ends with the best
+    one so far when ``patience`` scores in a row were no better, at the latest after ``steps``. 0: the paper's fixed
+    steps, which its authors chose on validation results by hand."""
+    patience: Positive = 3
     stop_when_converged: bool = True
     """The pipeline plays no further iteration after one with the verdict ``converged`` (see ``spin.instruments``);
     after ``diverged`` it never does."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw
 
 from spin.run import Index
+from spin.scorers import PRIMARY
 
 if TYPE_CHECKING:
     from spin.data.dataset import HeldOut
@@ -47,7 +48,7 @@ def cell(name: str, metric: Mapping[str, float] | None) -> str:
     """Return ``value [low, high]`` with the digits that the metric's scale deserves."""
     if metric is None:
         return "-"
-    digits = 2 if name == "clip_score" else 3
+    digits = 2 if name.startswith(PRIMARY) else 3
     return f"{metric['value']:.{digits}f} [{metric['low']:.{digits}f}, {metric['high']:.{digits}f}]"
 
 
@@ -73,11 +74,44 @@ def caption(rows: Sequence[Index], split: str = "test") -> str:
 def markdown(run_key: str, rows: Sequence[Index], verdicts: Sequence[tuple[str, str]]) -> str:
     """Return the result table and each iteration's verdict (from the first) for KFP's Markdown view."""
     header, body = table(rows)
-    lines = [f"# Run {run_key}", "", "| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    lines += ["| " + " | ".join(line) + " |" for line in body]
-    lines += ["", caption(rows), ""]
+    lines = [f"# Run {run_key}", "", *_grid(header, body), "", caption(rows), ""]
     lines += [f"- {row_name(k)}: **{word}**, {reason}" for k, (word, reason) in enumerate(verdicts, 1)]
     return "\n".join([*lines, ""])
+
+
+def comparison(run_key: str, base: Index, compared: Index) -> str:
+    """Return the tables of a comparison as Markdown: scores, standing against base and rival, and costs."""
+    facts = compared.facts
+    lines, split = list(facts["rows"].values()), facts["split"]
+    names = list(base.facts["metrics"][split])
+    names += [f"{kind}_{against}" for against in ("base", "sft") for kind in ("win_rate_over", f"{PRIMARY}_minus")]
+    names = [name for name in names if any(name in line for line in lines)]
+    head = ["model", *(TITLES.get(name, name.replace("_", " ")) for name in names), "share of SFT's gain"]
+    body = [
+        [
+            line["title"] + (" (best on validation)" if line["title"] == facts["best_on_validation"] else ""),
+            *(cell(name, line.get(name)) for name in names),
+            f"{100 * line['gain_share']:+.0f} %" if "gain_share" in line else "-",
+        ]
+        for line in lines
+    ]
+    phases = ("generate", "train", "score")
+    spent = [
+        [line["title"], *(f"{line[p]['seconds']:.0f} s, {line[p]['items']}" for p in phases),
+         f"{sum(line[p]['accelerator_hours'] for p in ('generate', 'train')):.3f}"]
+        for line in facts["costs"].values()
+    ]  # fmt: skip
+    costs = ["model", "generating: time, images", "training: time, pairs", "scoring: time, images", "accelerator-hours"]
+    note = (
+        f"{base.facts['prompts'][split]} {split} prompts, {base.facts['images_per_prompt']} image(s) each, "
+        f"{facts['seeds']} training seed(s); 95 % bootstrap intervals over seeds and prompts; ties count half"
+    )
+    return "\n".join([f"# Comparison {run_key}", "", *_grid(head, body), "", note, "", *_grid(costs, spent), ""])
+
+
+def _grid(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return [*lines, *("| " + " | ".join(line) + " |" for line in body)]
 
 
 def html(run_key: str, rows: Sequence[Index], verdicts: Sequence[tuple[str, str]], sheet: Path) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from spin import models, report
@@ -108,6 +110,27 @@ def draw(
         images += [Image.fromarray(image) for image in decode(model, latents, precision).numpy()]
         logger.info("iteration %d: scoring, %d of %d images drawn", iteration, len(images), len(jobs))
     return images
+
+
+def validation_score(
+    model: models.Model, config: RunConfig, data: Dataset, iteration: int, accelerator: Accelerator
+) -> Callable[[], float]:
+    """Return a function that draws the validation prompts with ``model`` as it is then and gives the mean score.
+
+    Several processes share the prompts and get the same answer. The judge is the one that scores the players later.
+    """
+    rows = data.held_out("validation", config.score.max_prompts)
+    mine = rows[accelerator.process_index :: accelerator.num_processes]
+    scorer = ClipScore(Clip(config.score.clip_model, model.device), config.score.template)
+
+    def score() -> float:
+        images = draw(model, config, mine, data.latents_shape, iteration)
+        prompts = [row.prompt for row in mine for _ in range(config.score.images_per_prompt)]
+        total = scorer.score(images, prompts).double().sum() if mine else torch.zeros((), dtype=torch.float64)
+        whole = accelerator.reduce(total.to(model.device), "sum")
+        return float(whole) / (len(rows) * config.score.images_per_prompt)
+
+    return score
 
 
 def decode_png(data: bytes) -> Image.Image:

@@ -242,6 +242,10 @@ class StageLog:
         self._do(action)
         self._do(lambda: self._client.set_tag(self.parent_id, known, digest))
 
+    def text(self, text: str, name: str) -> None:
+        """Keep a text file with the parent run."""
+        self._do(lambda: self._client.log_text(self.parent_id, text, name))
+
     def failed(self, reason: str) -> None:
         """Mark the stage's run as failed, with the reason as a tag."""
         self._status = "FAILED"

@@ -27,6 +27,7 @@ from spin.losses import Objective, sft_loss, spin_loss
 from spin.models import Model
 from spin.sampling import autocast
 from spin.seeding import generator_of, noise_of, seed_of
+from spin.selection import Selection
 from spin.trajectory import chain_of, exact_spin
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -352,8 +353,11 @@ class Trainer:
         work: Path,
         resume_from: Path | None = None,
         stop: Callable[[], bool] = lambda: False,
+        selection: Selection | None = None,
     ) -> None:
-        """Train up to the iteration's number of steps; the player ends as its moving average, where one is kept.
+        """Train up to the iteration's number of steps, or until ``selection`` is over.
+
+        The player ends as its moving average, where one is kept, or as the best one of the selection.
 
         Args:
             on_step: called with the 1-based step and its measures.
@@ -361,6 +365,7 @@ class Trainer:
             work: scratch folder for checkpoints.
             resume_from: a checkpoint folder to go on from.
             stop: asked before every micro-batch (by several processes: before every step).
+            selection: chooses the player by a held-out score.
 
         Raises:
             Stopped: ``stop`` said so; the last whole step went to ``on_checkpoint``.
@@ -370,34 +375,58 @@ class Trainer:
             unet = self.accelerator.unwrap_model(self.player)
             state = checkpoint.load(resume_from, unet, self.optimizer.optimizer, self.average)
             self.step, self.history, self.drift = state["step"], state["history"], state["drift"]
+            if selection:
+                selection.load(resume_from)
+        elif selection:
+            selection.consider(0, self._weights())
         started, before = time.monotonic(), self.history[-1]["seconds"] if self.history else 0.0
         kept = self.step
-        while self.step < self.steps:
+        while self.step < self.steps and not (selection and selection.over):
             try:
                 measures = self.train_step(stop)
             except Stopped:
                 if self.step > kept:
-                    self._checkpoint(work, on_checkpoint)
+                    self._checkpoint(work, on_checkpoint, selection)
                 raise
             self.watch(measures)
+            if selection and selection.due(self.step, self.steps):
+                with self.as_average():
+                    measures["validation_score"] = selection.consider(self.step, self._weights())
             self.history.append({"step": self.step, **measures, "seconds": before + time.monotonic() - started})
             on_step(self.step, measures)
             if self.step % self.config.checkpoint_every == 0 and self.step < self.steps:
-                self._checkpoint(work, on_checkpoint)
+                self._checkpoint(work, on_checkpoint, selection)
                 kept = self.step
         if self.step > kept and self._asked(stop, 0):
             # What follows, exporting and storing the player, may take longer than is granted.
-            self._checkpoint(work, on_checkpoint)
+            self._checkpoint(work, on_checkpoint, selection)
             raise Stopped
-        if self.average is not None:
-            self.average.copy_to(checkpoint.trained(self.accelerator.unwrap_model(self.player)).values())
+        if selection:
+            selection.restore(self._weights())
+        elif self.average is not None:
+            self.average.copy_to(self._weights().values())
 
-    def _checkpoint(self, work: Path, on_checkpoint: Callable[[Path], None]) -> None:
+    def _weights(self) -> dict[str, torch.nn.Parameter]:
+        return checkpoint.trained(self.accelerator.unwrap_model(self.player))
+
+    @contextmanager
+    def as_average(self) -> Iterator[None]:
+        """Give the player its moving average's weights for a while, where one is kept."""
+        if self.average is not None:
+            self.average.store(self._weights().values())
+            self.average.copy_to(self._weights().values())
+        yield
+        if self.average is not None:
+            self.average.restore(self._weights().values())
+
+    def _checkpoint(self, work: Path, on_checkpoint: Callable[[Path], None], selection: Selection | None) -> None:
         if self.accelerator.is_main_process:
             folder = work / f"checkpoint-{self.step:06d}"
             state = {"step": self.step, "history": self.history, "drift": self.drift}
             unet = self.accelerator.unwrap_model(self.player)
             checkpoint.save(folder, unet, self.optimizer.optimizer, state, self.average)
+            if selection:
+                selection.save(folder)
             on_checkpoint(folder)
         self.accelerator.wait_for_everyone()
 

@@ -102,12 +102,8 @@ def main(minutes: Annotated[float, typer.Option(help="training time")] = 25, bat
         i = i[:half]
         among = torch.cat([concept[i], torch.randint(len(prompts), (64,), device=DEVICE)]).unique()
         drawn = (style[i] >= 0).nonzero()[:, 0]
-        # Half of the styles are named beside another concept's prompt: known pairs must not be learnt by heart.
-        beside = torch.where(
-            torch.rand(len(drawn), device=DEVICE) < 0.5,
-            concept[i[drawn]],
-            torch.randint(len(prompts), (len(drawn),), device=DEVICE),
-        )
+        # A style is named beside another concept's prompt: which pairs exist must not be learnt by heart.
+        beside = torch.randint(len(prompts), (len(drawn),), device=DEVICE)
         ids = torch.cat([plain[among], styled[beside].flatten(0, 1)])
         with autocast():
             with torch.no_grad():

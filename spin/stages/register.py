@@ -9,7 +9,7 @@ from spin.errors import SpinError
 from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iteration
 from spin.scorers import PRIMARY
 from spin.stages import Place, logger
-from spin.stages.train import is_last, verdict_of
+from spin.stages.train import played, verdict_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,11 @@ def register(place: Place, model_name: str, iterations: int) -> Index:
     run = place.open()
     config, clock = run.config(), Clock()
     prepared = run.need("prepare", "register")
-    candidates = _candidates(run, iterations)
+    candidates = [
+        Candidate(index.iteration, index, run.need(iteration_stage(index.iteration, "score"), "register"))
+        for index in played(run, iterations, "register")
+        if verdict_of(index)[0] != "diverged"
+    ]
     best = max(candidates, key=lambda candidate: candidate.validation, default=None)
     model = best.training.outputs["model"] if best else prepared.outputs["base"]
     inputs: dict[str, Any] = {
@@ -81,17 +85,6 @@ def register(place: Place, model_name: str, iterations: int) -> Index:
             producer=producer(),
         )
     )
-
-
-def _candidates(run: Run, iterations: int) -> list[Candidate]:
-    candidates = []
-    for k in range(1, iterations + 1):
-        training = run.need(iteration_stage(k, "train"), "register")
-        if verdict_of(training)[0] != "diverged":
-            candidates.append(Candidate(k, training, run.need(iteration_stage(k, "score"), "register")))
-        if is_last(run, training):
-            break
-    return candidates
 
 
 def _register(

@@ -98,6 +98,7 @@ def _train(
     from spin.data.dataset import Dataset, Latents
     from spin.instruments import errors_on_grid, gradient_snr, measure, verdict
     from spin.sampling import fast_precision
+    from spin.selection import Selection
     from spin.training import Diverged, Stopped, Trainer
 
     folder = run.store.get(opponent)
@@ -162,13 +163,19 @@ def _train(
 
     # Before the first step, and before a checkpoint is loaded, the player is its opponent.
     before_training, snr = errors_on_grid(trainer), gradient_snr(trainer)
-    facts: dict[str, Any] = {"beta": beta, "steps": trainer.steps}
+    facts: dict[str, Any] = {"beta": beta}
+    selection = None
+    if config.train.validate_every:
+        from spin.scoring import validation_score
+
+        score = validation_score(model, config, winners, iteration, trainer.accelerator)
+        selection = Selection(score, config.train.validate_every, config.train.patience)
     outputs = {"model": opponent}
     with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
         work = Path(scratch)
         try:
             with asked_to_stop() as stop:
-                trainer.run(on_step, on_checkpoint, work, resume, stop)
+                trainer.run(on_step, on_checkpoint, work, resume, stop, selection)
             held_out = measure(before_training, errors_on_grid(trainer)) | {"gradient_snr": snr}
             word, reason = verdict(held_out)
             facts["held_out"] = held_out
@@ -189,6 +196,9 @@ def _train(
         rows = [{key: value for key, value in row.items() if key != "seconds"} for row in trainer.history]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         outputs["history"] = run.store.put_file(path)
+    facts["steps"] = trainer.step
+    if selection:
+        facts |= {"best_step": selection.best_step, "validation_score": selection.best_score}
     if rows:
         facts["first_loss"] = rows[0]["loss"]
         facts |= {f"final_{name}": value for name, value in rows[-1].items() if name != "step"}
@@ -262,6 +272,20 @@ def is_last(run: Run, index: Index) -> bool:
     return word == "diverged" or (word == "converged" and run.config().train.stop_when_converged)
 
 
+def played(run: Run, iterations: int, for_what: str) -> list[Index]:
+    """Return the training stages of the first ``iterations``, up to the last one worth playing.
+
+    Raises:
+        SpinError: one of them is incomplete.
+    """
+    stages = []
+    for k in range(1, iterations + 1):
+        stages.append(run.need(iteration_stage(k, "train"), for_what))
+        if is_last(run, stages[-1]):
+            break
+    return stages
+
+
 def goes_on(place: Place, iteration: int) -> bool:
     """Return whether ``iteration`` is to be played: the verdicts on all before it say so.
 
@@ -269,9 +293,8 @@ def goes_on(place: Place, iteration: int) -> bool:
         SpinError: an earlier iteration is incomplete.
     """
     run = place.open()
-    for earlier in range(1, iteration):
-        index = run.need(iteration_stage(earlier, "train"), iteration_stage(iteration, "train"))
-        if is_last(run, index):
-            logger.info("iteration %d is not played; iteration %d: %s, %s", iteration, earlier, *verdict_of(index))
-            return False
+    before = played(run, iteration - 1, iteration_stage(iteration, "train"))
+    if before and is_last(run, before[-1]):
+        logger.info("iteration %d is not played; iteration %d: %s, %s", iteration, len(before), *verdict_of(before[-1]))
+        return False
     return True

@@ -585,6 +585,20 @@ def test_a_player_that_ruins_unseen_images_is_set_aside(world: World) -> None:
     assert not torch.equal(rejected.unet.conv_in.weight.cpu(), unet_of(world, index)["conv_in.weight"])
 
 
+def test_steps_are_chosen_by_the_validation_prompts(world: World) -> None:
+    """The score that chooses is that of the player which leaves: score-metrics finds it again."""
+    place = shared(world, "chosen", learning_rate=1e-3, steps=[6], warmup_steps=0, validate_every=2, patience=2)
+    index = learn(place)
+    asked = {row["step"]: row["validation_score"] for row in history(world, index) if "validation_score" in row}
+    assert asked.keys() <= {2, 4, 6}
+    best = index.facts["best_step"]
+    assert index.facts["validation_score"] == max([index.facts["validation_score"], *asked.values()])
+    assert best == 0 or asked[best] == index.facts["validation_score"]
+    score(place, 0)
+    found = score(place, 1).index.facts["metrics"]["validation"]["clip_score"]["value"]
+    assert found == pytest.approx(index.facts["validation_score"], rel=1e-4)
+
+
 @pytest.mark.parametrize("stops", [True, False])
 def test_play_ends_after_convergence_unless_told_otherwise(world: World, stops: bool) -> None:
     place = shared(world, f"converged-{stops}", learning_rate=1e-9, warmup_steps=0, stop_when_converged=stops)

@@ -3,7 +3,7 @@
 import copy
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from spin.diffusion import add_noise, denoising_error
 from spin.errors import SpinError
 from spin.presets import preset
 from spin.seeding import noise_of
+from spin.selection import Selection
 from spin.training import Diverged, Stopped, Trainer, learning_rate, order
 from tests import tiny
 
@@ -601,6 +602,66 @@ def test_a_run_that_ruins_the_winners_ends_with_its_last_good_checkpoint(world: 
         player.run(lambda *_: None, lambda _: kept.append(player.step), tmp_path)
     assert kept == list(range(1, player.step))
     assert len(player.history) == player.step - 1 >= 1
+
+
+# --- chosen by a held-out score
+
+
+def scores(*values: float) -> Callable[[], float]:
+    """Return a score function that says ``values`` in turn."""
+    left = iter(values)
+    return lambda: next(left)
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 4}, {"ema_decay": 0.5}], ids=["full", "lora", "average"])
+def test_the_best_player_leaves_and_patience_ends_the_iteration(
+    world: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """Scores of steps 0, 2, 4, 6, 8: the best is that of step 4; after two worse ones training is over."""
+    player = trainer(world, steps=[20], **options)
+    selection = Selection(scores(1, 2, 5, 3, 4), every=2, patience=2)
+    player.run(lambda *_: None, lambda _: None, tmp_path, selection=selection)
+    assert player.step == 8
+    assert (selection.best_step, selection.best_score) == (4, 5)
+    assert {row["step"]: row["validation_score"] for row in player.history if "validation_score" in row} == {
+        2: 2, 4: 5, 6: 3, 8: 4,
+    }  # fmt: skip
+    fixed = trainer(world, steps=[4], **options)
+    run(fixed, tmp_path)
+    left = weights(player)
+    for name, value in weights(fixed).items():
+        assert torch.equal(left[name], value), name
+
+
+def test_a_player_that_is_never_better_leaves_the_opponent(world: Path, tmp_path: Path) -> None:
+    player = trainer(world, steps=[5])
+    before = weights(player)
+    selection = Selection(scores(9, 1, 2), every=4, patience=3)
+    player.run(lambda *_: None, lambda _: None, tmp_path, selection=selection)
+    assert player.step == 5, "the last step is always asked about"
+    assert selection.best_step == 0
+    for name, value in weights(player).items():
+        assert torch.equal(before[name], value)
+
+
+def test_a_selection_goes_on_after_an_interruption(world: Path, tmp_path: Path) -> None:
+    options = {"steps": [20], "checkpoint_every": 3}
+    whole, first, second = (trainer(world, **options) for _ in range(3))
+    kept: list[Path] = []
+
+    def keep(folder: Path) -> None:
+        kept.append(Path(shutil.copytree(folder, tmp_path / "kept" / folder.name)))
+
+    selection = Selection(scores(1, 5, 3, 4, 2), every=2, patience=3)
+    whole.run(lambda *_: None, lambda _: None, tmp_path / "a", selection=selection)
+    with pytest.raises(StopIteration):
+        first.run(lambda *_: None, keep, tmp_path / "b", selection=Selection(scores(1, 5), every=2, patience=3))
+    resumed = Selection(scores(3, 4, 2), every=2, patience=3)
+    second.run(lambda *_: None, lambda _: None, tmp_path / "c", resume_from=kept[0], selection=resumed)
+    assert (resumed.best_step, resumed.best_score) == (selection.best_step, selection.best_score) == (2, 5)
+    assert second.step == whole.step == 8
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(second)[name], value)
 
 
 # --- schedules and orders

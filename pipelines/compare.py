@@ -1,0 +1,172 @@
+"""Self-play and its rivals on equal terms, as a Kubeflow pipeline: ``python pipelines/compare.py`` (as ``spin.py``).
+
+One data set, one base, equal budgets; every arm at every training seed is a run of its own. The same file searches:
+arms that differ in beta alone, played side by side, and a table on the validation prompts.
+"""
+
+import sys
+from pathlib import Path
+
+# As a script, Python puts this folder first on the path, where ``spin`` would be the other pipeline's file.
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+from kfp import dsl  # noqa: E402
+
+from components.compare_players.component import compare_players  # noqa: E402
+from components.plan_comparison.component import plan_comparison  # noqa: E402
+from components.prepare_data.component import prepare_data  # noqa: E402
+from components.score_metrics.component import score_metrics  # noqa: E402
+from pipelines.placement import (  # noqa: E402
+    A100_80GB,
+    GPU_TAINT,
+    place_on_cpu,
+    place_on_gpu,
+    with_retries,
+    with_store,
+    with_tracking,
+)
+from pipelines.play import self_play  # noqa: E402
+from pipelines.spin import CHOICES  # noqa: E402
+
+
+@dsl.pipeline(name="play-arms", display_name="Play arms")
+def play_arms(
+    run_keys: list,
+    iterations: int,
+    shards: int,
+    store_uri: str,
+    store_endpoint: str,
+    store_secret: str,
+    tracking_uri: str,
+    tracking_secret: str,
+    experiment: str,
+    gpu_count: int,
+    gpu_node_selector: dict,
+    gpu_tolerations: list,
+):
+    """Play every arm, at most four at a time; a pipeline of its own for the reason that ``self_play`` is one."""
+    with dsl.ParallelFor(run_keys, parallelism=4, name="arms") as run_key:
+        self_play(
+            run_key=run_key,
+            iterations=iterations,
+            shards=shards,
+            store_uri=store_uri,
+            store_endpoint=store_endpoint,
+            store_secret=store_secret,
+            tracking_uri=tracking_uri,
+            tracking_secret=tracking_secret,
+            experiment=experiment,
+            gpu_count=gpu_count,
+            gpu_node_selector=gpu_node_selector,
+            gpu_tolerations=gpu_tolerations,
+        )
+
+
+@dsl.pipeline(
+    name="spin-comparison",
+    display_name="SPIN-Diffusion and its rivals",
+    description="Self-play, SFT and Diffusion-DPO on one data set, from one base, with equal budgets.",
+)
+def spin_comparison(
+    preset: str = "emoji-cpu",
+    iterations: int = 3,
+    arms: dict = {},  # noqa: B006
+    seeds: int = 1,
+    split: str = "test",
+    run_key: str = "",
+    base_model: str = "",
+    data_source: str = "",
+    overrides: dict = {},  # noqa: B006
+    generate_shards: int = 2,
+    experiment: str = "spin-diffusion",
+    store_uri: str = "s3://spin",
+    store_endpoint: str = "http://seaweedfs.kubeflow:8333",
+    store_secret: str = "spin-s3",
+    tracking_uri: str = "http://mlflow.mlflow:5000",
+    tracking_secret: str = "spin-mlflow",
+    gpu_count: int = 1,
+    gpu_node_selector: dict = A100_80GB,
+    gpu_tolerations: list = GPU_TAINT,
+):
+    """Self-play and its rivals on equal terms.
+
+    Args:
+        preset: A named full configuration; what the arms do not change is the same for all of them.
+        iterations: Rounds of the arms that are self-play.
+        arms: Overrides of train by the arm's name, e.g. {"sft": {"objective": "sft"}, "spin-2000": {"beta": [2000]}}.
+            Empty: SFT, SFT with LoRA, and SPIN. A rival of self-play without steps gets as many as cost what the first
+            self-play arm does.
+        seeds: Training seeds of every arm.
+        split: Prompts that the table is on: test, or validation to search without touching the test prompts.
+        run_key: Name of the run in the store. Empty: a new one. The name of an earlier run resumes it.
+        base_model: Diffusers folder (on a disk or s3://) or hub name to start from. Empty: the preset's.
+        data_source: Real images with captions: a folder, .tar or .parquet (on a disk or s3://), or hf:NAME. Empty: the
+            preset's.
+        overrides: Options laid over the preset for all arms, nested by stage.
+        generate_shards: Pods per arm that draw the opponent's images side by side.
+        experiment: MLflow experiment.
+        store_uri: Bucket and prefix of the run's objects, s3://bucket/prefix.
+        store_endpoint: Address of the S3 server, e.g. MinIO or SeaweedFS.
+        store_secret: Kubernetes secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
+        tracking_uri: Address of the MLflow server. Empty: no tracking.
+        tracking_secret: Kubernetes secret with MLFLOW_TRACKING_USERNAME and _PASSWORD; may be absent.
+        gpu_count: Accelerators (nvidia.com/gpu) per generating, training and scoring pod; 0 runs on the CPU.
+        gpu_node_selector: Labels of the nodes to use; the default asks for A100s with 80 GB.
+        gpu_tolerations: Taints to tolerate on those nodes.
+    """
+    where = {
+        "store_uri": store_uri,
+        "store_endpoint": store_endpoint,
+        "tracking_uri": tracking_uri,
+        "experiment": experiment,
+    }
+    pool = {"gpu_count": gpu_count, "gpu_node_selector": gpu_node_selector, "gpu_tolerations": gpu_tolerations}
+    secrets = {"store_secret": store_secret, "tracking_secret": tracking_secret}
+
+    def with_secrets(task: dsl.PipelineTask) -> dsl.PipelineTask:
+        return with_tracking(with_store(task, store_secret), tracking_secret)
+
+    prepared = prepare_data(
+        run_key=run_key,
+        job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+        iterations=1,
+        preset=preset,
+        base_model=base_model,
+        data_source=data_source,
+        overrides=overrides,
+        **where,
+    ).set_display_name("Prepare data")
+    with_secrets(place_on_gpu(prepared, "4", "32Gi", *pool.values()))
+    key = prepared.outputs["key"]
+
+    base = score_metrics(run_key=key, iteration=0, accelerators=gpu_count, **where).set_display_name("Score base")
+    with_secrets(with_retries(place_on_gpu(base, "4", "32Gi", *pool.values())))
+
+    planned = plan_comparison(run_key=key, arms=arms, iterations=iterations, seeds=seeds, **where).after(base)
+    with_secrets(with_retries(place_on_cpu(planned, cpu="500m", memory="1Gi"))).set_display_name("Plan comparison")
+
+    rivals = play_arms(
+        run_keys=planned.outputs["rivals"], iterations=1, shards=generate_shards, **where, **pool, **secrets
+    ).set_display_name("Rivals")
+    players = play_arms(
+        run_keys=planned.outputs["players"], iterations=iterations, shards=generate_shards, **where, **pool, **secrets
+    ).set_display_name("Self-play")
+
+    compared = compare_players(
+        run_key=key,
+        arms=arms,
+        iterations=iterations,
+        seeds=seeds,
+        shards=generate_shards,
+        split=split,
+        accelerators=gpu_count,
+        **where,
+    ).after(rivals, players)
+    with_secrets(with_retries(place_on_cpu(compared, cpu="1", memory="4Gi"))).set_display_name("Compare players")
+
+
+if __name__ == "__main__":
+    from pipelines.command import main
+
+    main(spin_comparison, {**CHOICES, "split": ["test", "validation"]}, ROOT / "build" / "spin-comparison.yaml")

@@ -1,0 +1,210 @@
+"""Rivals on equal terms: one data set, one base, equal budgets; the tables that tell them apart.
+
+A comparison is a prepared run whose base has been scored, and one run per arm and training seed that begins from the
+same data set, base and base scores. Where an arm's own steps are not given, a rival of self-play gets as many as cost
+what the first self-play arm does (``spin.budget``).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from spin.budget import passes, steps_for
+from spin.config import RunConfig, override
+from spin.emoji import Split
+from spin.errors import SpinError
+from spin.run import Index, Run, iteration_stage
+from spin.scorers import PRIMARY
+from spin.stages.generate import shard_stage
+from spin.stages.train import played
+from spin.stats import Estimate, bootstrap_seeds, per_prompt, wins
+
+ARMS: dict[str, dict[str, Any]] = {
+    "sft": {"objective": "sft"},
+    "sft-lora": {"objective": "sft", "lora_rank": 16},
+    "spin": {"objective": "spin"},
+}
+"""Overrides of ``train`` by the arm's name."""
+SELF_PLAY = ("spin", "exact-spin")
+RESAMPLES = 5000
+NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,30}")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm at one training seed."""
+
+    name: str
+    seed: int
+    run_key: str
+    config: RunConfig
+    iterations: int
+
+    @property
+    def plays(self) -> bool:
+        """Whether it is self-play, with several iterations."""
+        return self.config.train.objective in SELF_PLAY
+
+
+def arms_of(
+    key: str, shared: RunConfig, arms: Mapping[str, Mapping[str, Any]], iterations: int, seeds: int, pairs: int
+) -> list[Arm]:
+    """Return every arm at every seed.
+
+    Args:
+        key: the shared run's.
+        shared: its config, which the arms' overrides are laid over.
+        arms: overrides of ``train`` by name.
+        iterations: of the arms that are self-play; the others have one.
+        pairs: training pairs, for the budget.
+
+    Raises:
+        SpinError: no arm, a name that is no plain name, no seed, or options that are refused.
+    """
+    if not arms or seeds < 1:
+        raise SpinError(f"expected at least one arm and one seed, got {len(arms)} and {seeds}; set arms and seeds")
+    if wrong := [name for name in arms if not NAME.fullmatch(name)]:
+        raise SpinError(
+            f"expected arms named by small letters, digits, '-' and '.' (at most 31), got {wrong[0]!r}; rename it"
+        )
+    configs = {name: override(shared, {"train": dict(train)}) for name, train in arms.items()}
+    budgets = [passes(c, pairs, iterations) for c in configs.values() if c.train.objective in SELF_PLAY]
+    for name, config in configs.items():
+        if config.train.objective not in SELF_PLAY and budgets and "steps" not in arms[name]:
+            steps = steps_for(config, pairs, budgets[0])
+            configs[name] = override(config, {"train": {"steps": [steps], "decay_steps": None}})
+    return [
+        Arm(
+            name,
+            seed,
+            f"{key}-{name}-{seed}",
+            override(config, {"train": {"seed": seed}, "generate": {"seed": seed}}),
+            iterations if config.train.objective in SELF_PLAY else 1,
+        )
+        for seed in range(seeds)
+        for name, config in configs.items()
+    ]
+
+
+def begin(run: Run, arms: Sequence[Arm]) -> None:
+    """Begin the arms' runs with the data set, base and base scores of ``run``.
+
+    Raises:
+        SpinError: ``run`` is not prepared and scored, an arm's run began with other options, or an arm learns from
+            pairs that the data set does not hold.
+    """
+    prepared, scored = run.need("prepare", "the comparison"), run.need(iteration_stage(0, "score"), "the comparison")
+    for arm in arms:
+        if arm.config.train.needs_pairs and not prepared.inputs.get("pairs"):
+            raise SpinError(
+                f"expected a data set with a loser for each winner for arm {arm.name!r}, got winners alone; prepare it "
+                "with overrides {'train': {'objective': 'dpo'}}, and set the other arms' objective"
+            )
+    for arm in arms:
+        own = Run(run.store, arm.run_key)
+        own.begin(arm.config)
+        for index in (prepared, scored):
+            if own.find(index.stage) is None:
+                own.finish(index)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the tables: what it is called, the arm's runs at all seeds, and the iteration."""
+
+    title: str
+    arm: str
+    iteration: int
+    scores: list[Index]
+    stages: list[Index]
+
+
+def rows_of(run: Run, arms: Sequence[Arm], shards: int) -> list[Row]:
+    """Return the base's row and one per arm and iteration that every seed has played; losers come in ``shards``.
+
+    Raises:
+        SpinError: an arm is incomplete.
+    """
+    rows = [Row("base", "base", 0, [run.need(iteration_stage(0, "score"), "the comparison")], [])]
+    for name in dict.fromkeys(arm.name for arm in arms):
+        same = [arm for arm in arms if arm.name == name]
+        runs = [Run(run.store, arm.run_key) for arm in same]
+        trained = [played(own, arm.iterations, "the comparison") for own, arm in zip(runs, same, strict=True)]
+        for k in range(1, min(len(stages) for stages in trained) + 1):
+            names = [shard_stage(k, shard, shards) for shard in range(shards)]
+            names += [iteration_stage(k, "train"), iteration_stage(k, "score")]
+            stages = [own.need(stage, "the comparison") for own in runs for stage in names]
+            scores = [stage for stage in stages if stage.stage == names[-1]]
+            rows.append(Row(f"{name} {k}" if same[0].iterations > 1 else name, name, k, scores, stages))
+    return rows
+
+
+def scores_of(run: Run, row: Row, split: Split, metric: str) -> np.ndarray:
+    """Return the scores of every image, float [S, P * n]: seeds, prompts times images per prompt."""
+    tables = [pq.read_table(run.store.get(index.outputs["scores"]), filters=[("split", "=", split)]) for index in
+              row.scores]  # fmt: skip
+    return np.stack([table[metric].to_numpy() for table in tables])
+
+
+def compare(run: Run, rows: Sequence[Row], split: Split, against: str = "sft") -> list[dict[str, Any]]:
+    """Return a dict per row: ``title``, every metric's interval, and how the row stands against base and ``against``.
+
+    Intervals are over training seeds and prompts, crossed. ``gain_share`` is the gain over the base as a share of the
+    last ``against`` row's gain (the seed paper's measure); it is left out where that gain is not surely positive.
+    """
+    facts = rows[0].scores[0].facts
+    names, n = list(facts["metrics"][split]), facts["images_per_prompt"]
+    seeds = max(len(row.scores) for row in rows)
+
+    def cells(row: Row, metric: str) -> np.ndarray:
+        scores = scores_of(run, row, split, metric)
+        return scores if len(scores) == seeds else np.repeat(scores, seeds, axis=0)
+
+    def means(values: np.ndarray) -> np.ndarray:
+        return np.stack([per_prompt(seed, n) for seed in values])
+
+    rival = next((row for row in reversed(rows) if row.arm == against), None)
+    table = []
+    for row in rows:
+        line: dict[str, Any] = {"title": row.title, "arm": row.arm, "iteration": row.iteration}
+        for name in names:
+            line[name] = bootstrap_seeds(means(cells(row, name)), RESAMPLES).as_dict()
+        ours = cells(row, PRIMARY)
+        for other, title in ((rows[0], "base"), (rival, against)):
+            if other is None or other is row:
+                continue
+            theirs = cells(other, PRIMARY)
+            line[f"win_rate_over_{title}"] = bootstrap_seeds(means(wins(ours, theirs)), RESAMPLES).as_dict()
+            line[f"{PRIMARY}_minus_{title}"] = bootstrap_seeds(means(ours - theirs), RESAMPLES).as_dict()
+        if rival is not None and row is not rows[0]:
+            gain: Estimate = bootstrap_seeds(means(cells(rival, PRIMARY) - cells(rows[0], PRIMARY)), RESAMPLES)
+            if gain.low > 0:
+                line["gain_share"] = float((ours - cells(rows[0], PRIMARY)).mean()) / gain.value
+        table.append(line)
+    return table
+
+
+def costs(rows: Sequence[Row], accelerators: int) -> list[dict[str, Any]]:
+    """Return per row and phase: seconds, items (images or pairs) and accelerator-hours, means over seeds."""
+    table = []
+    for row in rows[1:]:
+        line: dict[str, Any] = {"title": row.title}
+        for phase in ("generate", "train", "score"):
+            found = [stage for stage in row.stages if stage.stage.split("/")[1].startswith(phase)]
+            seconds = sum(stage.seconds for stage in found) / len(row.scores)
+            line[phase] = {
+                "seconds": round(seconds, 1),
+                "items": round(sum(stage.items for stage in found) / len(row.scores)),
+                "accelerator_hours": round(seconds * max(1, accelerators) / 3600, 4),
+            }
+        table.append(line)
+    return table
+
+
+def best_on_validation(lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return the line with the highest primary score; ``lines`` must be those of the validation prompts."""
+    return max(lines, key=lambda line: line[PRIMARY]["value"])

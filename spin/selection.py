@@ -1,0 +1,60 @@
+"""How long an iteration trains: until a held-out score no longer improves; the best player is kept."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+class Selection:
+    """Asks for a score now and then, remembers the best player, and tells when patience has run out.
+
+    Args:
+        score: a held-out score of the player as it is now; higher is better.
+        every: steps between questions; the opponent is asked about first, as step 0.
+        patience: questions in a row without a better score after which training is over.
+    """
+
+    def __init__(self, score: Callable[[], float], every: int, patience: int):
+        self.score, self.every, self.patience = score, every, patience
+        self.best_score, self.best_step, self.stale = -math.inf, 0, 0
+        self._weights: dict[str, torch.Tensor] = {}
+
+    def due(self, step: int, last: int) -> bool:
+        """Return whether to ask after ``step`` of at most ``last``."""
+        return step % self.every == 0 or step == last
+
+    def consider(self, step: int, weights: Mapping[str, torch.Tensor]) -> float:
+        """Score the player and keep a copy of ``weights``, in main memory, if it is the best; return the score."""
+        score = self.score()
+        if score > self.best_score:
+            self.best_score, self.best_step, self.stale = score, step, 0
+            self._weights = {name: value.detach().cpu().clone() for name, value in weights.items()}
+        else:
+            self.stale += 1
+        return score
+
+    @property
+    def over(self) -> bool:
+        return self.stale >= self.patience
+
+    def restore(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Write the best player's weights into ``weights``."""
+        with torch.no_grad():
+            for name, value in weights.items():
+                value.copy_(self._weights[name])
+
+    def save(self, folder: Path) -> None:
+        """Write what has been learnt so far beside a checkpoint."""
+        save_file(self._weights, folder / "best.safetensors")
+        state = {"best_score": self.best_score, "best_step": self.best_step, "stale": self.stale}
+        (folder / "selection.json").write_text(json.dumps(state))
+
+    def load(self, folder: Path) -> None:
+        """Read what ``save`` wrote."""
+        self._weights = load_file(folder / "best.safetensors")
+        state = json.loads((folder / "selection.json").read_text())
+        self.best_score, self.best_step, self.stale = state["best_score"], state["best_step"], state["stale"]

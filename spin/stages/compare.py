@@ -1,0 +1,97 @@
+"""The comparison's two stages: begin a run per arm and seed, and gather their tables when all have been played."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from spin import report, tracking
+from spin.comparison import ARMS, Arm, arms_of, begin, best_on_validation, compare, costs, rows_of
+from spin.emoji import Split
+from spin.errors import SpinError
+from spin.run import Clock, Index, Run, producer, whole_iteration, whole_shards
+from spin.stages import Place, logger
+
+STAGE = "comparison"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What ``gather`` hands to its component."""
+
+    index: Index
+    markdown: str
+
+
+def _arms(run: Run, arms: Mapping[str, Any], iterations: int, seeds: float) -> list[Arm]:
+    iterations = whole_iteration(iterations, 1)
+    if seeds % 1:
+        raise SpinError(f"expected a whole number of seeds, got {seeds}; change it")
+    pairs = run.need("prepare", STAGE).items
+    return arms_of(run.key, run.config(), arms or ARMS, iterations, int(seeds), pairs)
+
+
+def plan_arms(place: Place, arms: Mapping[str, Any], iterations: int, seeds: int) -> tuple[list[str], list[str]]:
+    """Begin the arms' runs; return the run keys of those with one iteration, and of those that are self-play.
+
+    Raises:
+        SpinError: see ``spin.comparison``.
+    """
+    run = place.open()
+    planned = _arms(run, arms, iterations, seeds)
+    begin(run, planned)
+    for arm in planned:
+        train = arm.config.train
+        steps = [train.of(k)[1] for k in range(1, arm.iterations + 1)]
+        logger.info("comparison: %s, %s, steps %s", arm.run_key, train.objective, steps)
+    return [arm.run_key for arm in planned if not arm.plays], [arm.run_key for arm in planned if arm.plays]
+
+
+def gather(
+    place: Place, arms: Mapping[str, Any], iterations: int, seeds: int, shards: int, split: str = "test"
+) -> Compared:
+    """Return the tables over all arms, and store them.
+
+    ``split`` says which prompts the table is on; the best row is always chosen on the validation prompts.
+
+    Raises:
+        SpinError: an arm is incomplete.
+    """
+    run, clock = place.open(), Clock()
+    shown: Split = "validation" if split == "validation" else "test"
+    if shown != split:
+        raise SpinError(f"expected the split validation or test, got {split!r}; change it")
+    planned = _arms(run, arms, iterations, seeds)
+    rows = rows_of(run, planned, whole_shards(shards))
+    inputs = {
+        "scores": {row.title: [index.outputs["scores"].digest for index in row.scores] for row in rows},
+        "split": split,
+    }
+    index = run.find(STAGE, inputs)
+    if index is None:
+        lines = compare(run, rows, shown)
+        chosen = best_on_validation(compare(run, rows, "validation"))["title"]
+        facts = {
+            "split": split,
+            "best_on_validation": chosen,
+            "seeds": seeds,
+            "rows": {line["title"]: line for line in lines},
+            "costs": {line["title"]: line for line in costs(rows, place.accelerators)},
+        }
+        index = run.finish(
+            Index(
+                stage=STAGE,
+                iteration=0,
+                inputs=inputs,
+                outputs={},
+                facts=facts,
+                seconds=clock.seconds,
+                items=len(lines),
+                producer=producer(),
+            )
+        )
+    markdown = report.comparison(run.key, rows[0].scores[0], index)
+    with tracking.stage(place, STAGE, 0) as log:
+        log.text(markdown, "report/comparison.md")
+        log.index(index)
+    logger.info("comparison: best on the validation prompts is %s", index.facts["best_on_validation"])
+    return Compared(index, markdown)

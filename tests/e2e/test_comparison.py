@@ -1,0 +1,77 @@
+"""The comparison pipeline, run by its own command: arms played from one data set, a table, and a rerun that computes
+nothing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from pipelines.laptop import Laptop
+from spin.run import Index, Run, iteration_stage
+from spin.store import Store
+from tests import tiny
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(500)]
+
+ROOT = Path(__file__).resolve().parents[2]
+ARMS = {"sft": {"objective": "sft"}, "spin": {}}
+
+
+def test_arms_are_played_and_compared(laptop_servers: Laptop, tmp_path: Path) -> None:
+    params = {
+        "run_key": "rivals",
+        "arms": ARMS,
+        "iterations": 2,
+        "generate_shards": 1,
+        "split": "validation",
+        "gpu_count": 0,
+        "store_uri": "s3://spin/rivals",
+        "store_endpoint": laptop_servers.s3_endpoint,
+        "tracking_uri": laptop_servers.mlflow_uri,
+        "experiment": "rivals",
+        "base_model": str(tiny.base(tmp_path / "base")),
+        "data_source": str(tiny.images(tmp_path / "images")),
+        "overrides": tiny.overrides(tiny.judge(tmp_path / "judge"), decay_steps=None),
+    }
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+
+    def play() -> str:
+        command = [sys.executable, ROOT / "pipelines" / "compare.py", "--local", "--params", "params.yaml"]
+        environment = os.environ | laptop_servers.environment() | {"SPIN_CACHE": str(tmp_path / "cache")}
+        done = subprocess.run(
+            [*command, "--output", "compare.yaml"],
+            cwd=tmp_path, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+        return done.stdout
+
+    play()
+    store = Store("s3://spin/rivals", laptop_servers.s3_endpoint)
+    shared, sft, spin = (Run(store, key) for key in ("rivals", "rivals-sft-0", "rivals-spin-0"))
+    compared = shared.need("comparison", "")
+    assert list(compared.facts["rows"]) == ["base", "sft", "spin 1", "spin 2"]
+    assert compared.facts["best_on_validation"] in compared.facts["rows"]
+
+    def trained(run: Run, k: int) -> Index:
+        return run.need(iteration_stage(k, "train"), "")
+
+    # One data set and one base for all; the base is drawn and scored once.
+    for arm in (sft, spin):
+        assert arm.need("prepare", "") == shared.need("prepare", "")
+        assert arm.need(iteration_stage(0, "score"), "") == shared.need(iteration_stage(0, "score"), "")
+    assert trained(spin, 2).inputs["opponent"] == trained(spin, 1).outputs["model"].digest
+    assert trained(sft, 1).facts["steps"] > 2 * trained(spin, 1).facts["steps"], "SFT's steps are cheaper"
+    assert compared.facts["rows"]["spin 2"]["clip_score"] == pytest.approx(
+        spin.need(iteration_stage(2, "score"), "").facts["metrics"]["validation"]["clip_score"], abs=3
+    )
+    (table,) = tmp_path.rglob("compare-players/table")
+    assert "| spin 2" in table.read_text()
+    client = MlflowClient(laptop_servers.mlflow_uri)
+    (experiment,) = client.search_experiments(filter_string="name = 'rivals'")
+    (run,) = client.search_runs([experiment.experiment_id], "tags.`mlflow.runName` LIKE '%comparison'") or [None]
+    assert run is not None
+    assert run.data.metrics["rows.sft.clip_score.value"] == compared.facts["rows"]["sft"]["clip_score"]["value"]

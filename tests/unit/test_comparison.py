@@ -1,0 +1,138 @@
+"""Comparisons: equal budgets, one run per arm and seed, and tables that say what the scores say."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from spin.budget import passes
+from spin.comparison import ARMS, Row, arms_of, best_on_validation, compare, costs
+from spin.errors import SpinError
+from spin.presets import preset
+from spin.report import comparison
+from spin.run import Index, Run
+from spin.store import Ref
+
+PROMPTS, IMAGES = 30, 2
+SHARED = preset("emoji-cpu")
+
+
+def scored(folder: Path, name: str, mean: float, seed: int) -> Index:
+    """Write scores of 30 prompts around ``mean``; the prompts differ more than the models."""
+    prompts = np.random.default_rng(0).normal(0, 2, PROMPTS).repeat(IMAGES)
+    noise = np.random.default_rng(seed).normal(0, 0.2, PROMPTS * IMAGES)
+    table = pa.table({"split": ["test"] * PROMPTS * IMAGES, "clip_score": mean + prompts + noise})
+    pq.write_table(table, folder / f"{name}-{seed}.parquet")
+    ref = Ref.model_construct(uri=str(folder / f"{name}-{seed}.parquet"))
+    facts = {"metrics": {"test": {"clip_score": {}}}, "prompts": {"test": PROMPTS}, "images_per_prompt": IMAGES}
+    return stage("score", outputs={"scores": ref}, facts=facts)
+
+
+def stage(name: str, **values: Any) -> Index:
+    known = {"inputs": {}, "outputs": {}, "facts": {}, "seconds": 36.0, "items": 8, "producer": {}}
+    return Index.model_construct(stage=f"iteration-001/{name}", iteration=1, **(known | values))
+
+
+@pytest.fixture
+def run() -> Run:
+    return cast(Run, SimpleNamespace(store=SimpleNamespace(get=lambda ref: Path(ref.uri))))
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> list[Row]:
+    def row(title: str, mean: float, seeds: int, arm: str) -> Row:
+        stages = [stage("generate-0000-of-0001"), stage("train", seconds=72.0)] * seeds
+        scores = [scored(tmp_path, title, mean, seed) for seed in range(seeds)]
+        return Row(title, arm, 1, scores, [*stages, *scores])
+
+    return [row("base", 20, 1, "base"), row("sft", 22, 2, "sft"), row("spin 1", 25, 2, "spin")]
+
+
+# --- arms
+
+
+def test_rivals_get_the_budget_of_self_play() -> None:
+    arms = {arm.name: arm for arm in arms_of("run", SHARED, ARMS, iterations=3, seeds=1, pairs=322)}
+    budget = passes(arms["spin"].config, 322, 3)
+    for name in ("sft", "sft-lora"):
+        spent = passes(arms[name].config, 322, 1)
+        assert 0 <= budget - spent < 3 * arms[name].config.train.batch_size
+        assert arms[name].iterations == 1
+    assert arms["spin"].iterations == 3
+    assert arms["spin"].config.train.steps == SHARED.train.steps
+
+
+def test_given_steps_stay() -> None:
+    (arm,) = arms_of("run", SHARED, {"sft": {"objective": "sft", "steps": [7]}}, 3, 1, 322)
+    assert arm.config.train.steps == (7,)
+
+
+def test_a_run_per_arm_and_seed() -> None:
+    arms = arms_of("run", SHARED, {"a": {}, "b": {"beta": [10]}}, 2, seeds=2, pairs=322)
+    assert [arm.run_key for arm in arms] == ["run-a-0", "run-b-0", "run-a-1", "run-b-1"]
+    assert [(arm.config.train.seed, arm.config.generate.seed) for arm in arms] == [(0, 0), (0, 0), (1, 1), (1, 1)]
+    assert {arm.config.score.seed for arm in arms} == {SHARED.score.seed}, "the same images are compared"
+
+
+@pytest.mark.parametrize(
+    ("arms", "seeds", "line"),
+    [
+        ({}, 1, "expected at least one arm and one seed, got 0 and 1"),
+        ({"a": {}}, 0, "expected at least one arm and one seed, got 1 and 0"),
+        ({"A b": {}}, 1, "expected arms named by small letters, digits, '-' and '.' (at most 31), got 'A b'"),
+        ({"a": {"bta": [1]}}, 1, "expected a known option, got 'train.bta'; did you mean 'beta'?"),
+    ],
+)
+def test_bad_arms_are_refused(arms: dict[str, Any], seeds: int, line: str) -> None:
+    with pytest.raises(SpinError) as refused:
+        arms_of("run", SHARED, arms, 1, seeds, 322)
+    assert str(refused.value).startswith(line)
+
+
+# --- tables
+
+
+def test_every_row_stands_against_base_and_sft(run: Run, rows: list[Row]) -> None:
+    base, sft, spin = compare(run, rows, "test")
+    assert base["clip_score"]["value"] == pytest.approx(20, abs=1)
+    assert spin["clip_score_minus_base"]["value"] == pytest.approx(5, abs=0.1)
+    # Paired: the prompts' own differences, ten times the effect's interval, drop out.
+    assert spin["clip_score_minus_sft"]["high"] - spin["clip_score_minus_sft"]["low"] < 0.3
+    assert spin["win_rate_over_sft"]["value"] == 1
+    assert spin["gain_share"] == pytest.approx(5 / 2, abs=0.1)
+    assert sft["gain_share"] == pytest.approx(1)
+    assert "win_rate_over_sft" not in sft
+    assert "gain_share" not in base
+
+
+def test_no_share_of_a_gain_that_is_not_there(run: Run, rows: list[Row]) -> None:
+    base, _, spin = rows
+    same = Row("sft", "sft", 1, base.scores * 2, [])
+    assert "gain_share" not in compare(run, [base, same, spin], "test")[2]
+
+
+def test_costs_are_means_over_seeds(rows: list[Row]) -> None:
+    sft, _ = costs(rows, accelerators=8)
+    assert sft["train"] == {"seconds": 72.0, "items": 8, "accelerator_hours": 0.16}
+    assert sft["generate"]["seconds"] == 36.0
+    assert costs(rows, accelerators=0)[0]["train"]["accelerator_hours"] == 0.02, "a CPU counts as one"
+
+
+def test_the_report_shows_every_row_and_the_choice(run: Run, rows: list[Row]) -> None:
+    lines = compare(run, rows, "test")
+    facts = {
+        "split": "test",
+        "seeds": 2,
+        "rows": {line["title"]: line for line in lines},
+        "costs": {line["title"]: line for line in costs(rows, 1)},
+        "best_on_validation": best_on_validation(lines)["title"],
+    }
+    text = comparison("run", rows[0].scores[0], stage("comparison", facts=facts))
+    assert "| spin 1 (best on validation) | 2" in text
+    assert f"| {100 * lines[2]['gain_share']:+.0f} % |" in text
+    assert "| sft | 36 s, 8 | 72 s, 8 | 36 s, 8 | 0.030 |" in text
+    assert "30 test prompts, 2 image(s) each, 2 training seed(s)" in text
