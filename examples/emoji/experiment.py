@@ -1,18 +1,18 @@
 """The experiment of record: does self-play beat supervised fine-tuning on the small world?
 
-    python -m examples.emoji.experiment sweep     settings compared on the validation prompts, one seed
-    python -m examples.emoji.experiment           the table on the test prompts, three training seeds
+    python -m examples.emoji.experiment --search   settings compared on the validation prompts, one seed
+    python -m examples.emoji.experiment            the table on the test prompts, three training seeds
 
-Every arm is a run of the pipeline's own stages on a real S3 server; a rerun resumes. ``ARMS`` holds what the sweep
-chose; the test prompts are drawn by the second command alone.
+Both are the comparison pipeline (``pipelines/compare.py``) with a real S3 server; a rerun resumes. ``ARMS`` holds what
+the search chose; the test prompts' table is made by the second command alone. To the pipeline's table it adds what this
+world's judge can also tell: whether the image shows its prompt (R@1 among the 472) and the Fréchet distance.
 """
 
 import json
 import os
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,247 +20,130 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import typer
+import yaml
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
 from pipelines.laptop import laptop
-from spin import models
-from spin.config import RunConfig
+from spin.comparison import arms_of, rows_of
 from spin.data.dataset import Dataset
-from spin.emoji import concepts
-from spin.errors import SpinError
-from spin.run import Run, iteration_stage
-from spin.scorers import Scorer
-from spin.scorers.clip import Clip, ClipScore, StyleShare
+from spin.emoji import Split, concepts
+from spin.run import Run
+from spin.scorers.clip import Clip
 from spin.scorers.frechet import Features, frechet_distance
-from spin.scoring import decode_png, draw
+from spin.scoring import decode_png
 from spin.stages import Place
-from spin.stages.generate import generate
-from spin.stages.prepare import prepare
-from spin.stages.score import score
-from spin.stages.train import train
-from spin.stats import bootstrap_seeds, wins
+from spin.stats import bootstrap_seeds, per_prompt
 
-FOLDER = Path(__file__).resolve().parents[2] / "build" / "experiment"
-IMAGES_PER_PROMPT = 4
-app = typer.Typer(add_completion=False, invoke_without_command=True)
-console = Console(width=150)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to train: overrides of ``train``, how many iterations, and the arm whose player it starts from."""
-
-    train: dict[str, Any] = field(default_factory=dict)
-    iterations: int = 1
-    start: str = ""
-    generate: dict[str, Any] = field(default_factory=dict)
-
-
-def sft_steps(spin_steps: int, iterations: int, batch: int = 32, pairs: int = 322, sampling_steps: int = 20) -> int:
-    """SFT steps that cost what SPIN does, in forward passes of one image (a training step is 3, a reference's 1).
-
-    SPIN's step trains on and refers to both sides of each pair (8 x batch); drawing a loser takes two passes per
-    sampling step (guidance); SFT's step is 3 x batch.
-    """
-    spin = iterations * (spin_steps * 8 * batch + pairs * sampling_steps * 2)
-    return round(spin / (3 * batch))
-
-
+ROOT = Path(__file__).resolve().parents[2]
+SFT = {"objective": "sft", "learning_rate": 1e-4}
 SPIN = {"learning_rate": 2e-5, "beta": [3000], "steps": [60]}
-SFT = {"objective": "sft", "learning_rate": 1e-4, "steps": [120]}
-ARMS = {
-    "sft": Arm(SFT),
-    "sft-same-compute": Arm(SFT | {"steps": [sft_steps(60, 3)]}),
-    "spin": Arm(SPIN, iterations=3),
-    "sft-then-spin": Arm(SPIN, start="sft", iterations=1),
+ARMS: dict[str, dict[str, Any]] = {
+    "sft": SFT,
+    "sft-best": {**SFT, "steps": [800], "validate_every": 40, "patience": 5},
+    "sft-lora": {**SFT, "lora_rank": 16, "learning_rate": 1e-3},
+    "spin": SPIN,
 }
-SWEEP = {
+CHOSEN = {"validate_every": 20, "patience": 3}
+SEARCH: dict[str, dict[str, Any]] = {
     **{
-        f"sft lr {lr:g} x {steps}": Arm({"objective": "sft", "learning_rate": lr, "steps": [steps]})
+        f"sft-lr{lr:g}": {"objective": "sft", "learning_rate": lr, "steps": [800], "validate_every": 40, "patience": 4}
         for lr in (3e-5, 1e-4, 3e-4)
-        for steps in (60, 240, 720)
     },
     **{
-        f"spin lr {lr:g} beta {beta}": Arm({"learning_rate": lr, "beta": [beta], "steps": [60]})
-        for lr in (1e-5, 3e-5)
-        for beta in (500, 1000, 3000, 10000)
+        f"spin-lr{lr:g}-beta{beta}": {"learning_rate": lr, "beta": [beta], "steps": [120], **CHOSEN}
+        for lr in (1e-5, 3e-5, 1e-4)
+        for beta in (30, 100, 300, 1000)
     },
 }
-
-
-class Lab:
-    """Runs arms in one store; equal arms are computed once."""
-
-    def __init__(self, endpoint: str):
-        self.endpoint = endpoint
-
-    def place(self, key: str) -> Place:
-        return Place(key, "s3://spin", self.endpoint)
-
-    def trained(self, name: str, arm: Arm, seed: int, arms: dict[str, Arm]) -> Run:
-        """Train all iterations of an arm and return its run."""
-        key = f"{name}-seed-{seed}".replace(" ", "-")
-        place, base = self.place(key), "emoji"
-        if arm.start:
-            first = self.trained(arm.start, arms[arm.start], seed, arms)
-            base = str(first.store.get(first.need(iteration_stage(1, "train"), key).outputs["model"]))
-        overrides = {
-            "train": {"seed": seed, **arm.train},
-            "generate": {"seed": seed, **arm.generate},
-            "score": {"images_per_prompt": IMAGES_PER_PROMPT},
-        }
-        prepare(place, "emoji-cpu", base_model=base, overrides=overrides)
-        for iteration in range(1, arm.iterations + 1):
-            if arm.train.get("objective") != "sft":
-                generate(place, iteration)
-            train(place, iteration)
-        return place.open()
-
-
-@contextmanager
-def lab() -> Iterator[Lab]:
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    with laptop(FOLDER, with_mlflow=False) as servers:
-        os.environ.update(servers.environment())
-        os.environ["SPIN_CACHE"] = str(FOLDER / "cache")
-        yield Lab(servers.s3_endpoint)
-
-
-class Recall:
-    """1 where the judge finds the image's own prompt among all concepts', else 0."""
-
-    name = "recall_at_1"
-
-    def __init__(self, clip: Clip):
-        self.clip = clip
-        self.known = [concept.prompt for concept in concepts()]
-        self.texts = clip.texts(self.known)
-
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
-        named = (self.clip.images(images) @ self.texts.T).argmax(1).tolist()
-        return torch.tensor([float(self.known[k] == prompt) for k, prompt in zip(named, prompts, strict=True)])
 
 
 class Judge:
-    """The pipeline's own scores per image, the content beside them; and the distance to real drawings."""
+    """What the judge tells beyond the pipeline's scores."""
 
-    def __init__(self, config: RunConfig):
-        clip = Clip("emoji", torch.device("cpu"))
-        self.features = Features(str(Path(Clip.find("emoji")).with_name("features")), clip.device)
-        self.scorers: list[Scorer] = [
-            ClipScore(clip, config.score.template),
-            StyleShare(clip, config.score.styles),
-            Recall(clip),
-        ]
+    def __init__(self) -> None:
+        self.clip = Clip("emoji", torch.device("cpu"))
+        self.features = Features(str(Path(Clip.find("emoji")).with_name("features")), self.clip.device)
+        self.known = [concept.prompt for concept in concepts()]
+        self.texts = self.clip.texts(self.known)
 
-    def scores(self, images: list[Image.Image], prompts: list[str]) -> dict[str, np.ndarray]:
-        """Return float [N] arrays by name."""
-        return {scorer.name: scorer.score(images, prompts).numpy() for scorer in self.scorers}
+    def shows(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> np.ndarray:
+        """Return 1 where an image's own prompt fits it best among all concepts', float [N]."""
+        named = (self.clip.images(images) @ self.texts.T).argmax(1).tolist()
+        return np.array([float(self.known[k] == prompt) for k, prompt in zip(named, prompts, strict=True)])
 
     def distance(self, images: list[Image.Image], real: list[Image.Image]) -> float:
         return frechet_distance(self.features.of(images), self.features.of(real))
 
 
-@app.command()
-def sweep(only: Annotated[str, typer.Option(help="part of the names to run")] = "") -> None:
-    """Compare settings on the validation prompts; nothing here sees a test prompt."""
-    path = FOLDER / "sweep.json"
-    with lab() as here:
-        rows: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-        for name, arm in {"base": None, **SWEEP}.items():
-            if name in rows or only not in name:
-                continue
-            started = time.monotonic()
-            try:
-                run = here.trained(name, arm or Arm({"objective": "sft", "steps": [1]}), 0, SWEEP)
-            except SpinError as error:
-                rows[name] = {"failed": str(error)}
-                console.print(f"{name}: {error}", markup=False)
-                continue
-            config = run.config()
-            judge = Judge(config)
-            data = Dataset(run.store.get(run.need("prepare", "sweep").outputs["dataset"]))
-            held_out = data.held_out("validation", 500)
-            for iteration in range(1, arm.iterations + 1) if arm else [0]:
-                index = run.need(iteration_stage(iteration, "train") if iteration else "prepare", "sweep")
-                model = models.load(run.store.get(index.outputs["model" if iteration else "base"]))
-                images = draw(model, config, held_out, data.latents_shape, iteration)
-                prompts = [row.prompt for row in held_out for _ in range(IMAGES_PER_PROMPT)]
-                label = f"{name} #{iteration}" if arm and arm.iterations > 1 else name
-                rows[label] = {key: float(value.mean()) for key, value in judge.scores(images, prompts).items()}
-                rows[label]["frechet"] = judge.distance(images, [row.image for row in held_out])
-                facts = {key: value for key, value in index.facts.items() if key.startswith("final_")}
-                if reference := facts.get("final_reference_error_winner"):
-                    rows[label]["winner_drift_share"] = facts["final_winner_drift"] / reference
-                    rows[label]["implicit_accuracy"] = facts["final_implicit_accuracy"]
-                rows[label]["seconds"] = time.monotonic() - started
-                shown = {key: round(value, 3) for key, value in rows[label].items()}
-                console.print(f"{label}: {shown}", markup=False)
-            path.write_text(json.dumps(rows, indent=2) + "\n")
+def content(run: Run, values: dict[str, Any], split: Split) -> list[str]:
+    """Return lines with R@1 and Fréchet distance of every row of the comparison."""
+    judge = Judge()
+    prepared = run.need("prepare", "the experiment")
+    held_out = Dataset(run.store.get(prepared.outputs["dataset"])).held_out(split, 500)
+    real = [row.image for row in held_out]
+    prompts = {row.id: row.prompt for row in held_out}
+    ceiling = judge.shows(real, [row.prompt for row in held_out]).mean()
+    arms = arms_of(run.key, run.config(), values["arms"], values["iterations"], values["seeds"], prepared.items)
+    lines = ["| model | R@1 among 472 | Fréchet distance |", "| --- | --- | --- |"]
+    for row in rows_of(run, arms, values["generate_shards"]):
+        shown, distances = [], []
+        for index in row.scores:
+            table = pq.read_table(run.store.get(index.outputs["images"]), filters=[("split", "=", split)])
+            images = [decode_png(data) for data in table["image"].to_pylist()]
+            found = judge.shows(images, [prompts[id] for id in table["id"].to_pylist()])
+            shown.append(per_prompt(found, index.facts["images_per_prompt"]))
+            distances.append(judge.distance(images, real))
+        share = bootstrap_seeds(np.stack(shown), 5000)
+        lines.append(
+            f"| {row.title} | {share.value:.3f} [{share.low:.3f}, {share.high:.3f}] | {np.mean(distances):.1f} |"
+        )
+    return [*lines, f"| real images | {ceiling:.3f} | 0 |"]
 
 
-def _columns(here: Lab, seeds: int) -> tuple[dict[str, list[dict[str, np.ndarray]]], dict[str, list[float]]]:
-    """Run and score every arm; return per model and seed the test scores [prompts], and the distances."""
-    judge: Judge | None = None
-    scores: dict[str, list[dict[str, np.ndarray]]] = {}
-    distances: dict[str, list[float]] = {}
-    for seed in range(seeds):
-        for name, arm in ARMS.items():
-            run = here.trained(name, arm, seed, ARMS)
-            judge = judge or Judge(run.config())
-            data = Dataset(run.store.get(run.need("prepare", name).outputs["dataset"]))
-            real = [row.image for row in data.held_out("test", 500)]
-            for iteration in range(arm.iterations + 1):
-                index = score(here.place(run.key), iteration).index
-                if iteration == 0 and (name != "sft"):
-                    continue
-                label = "base" if iteration == 0 else f"{name} {iteration}" if arm.iterations > 1 else name
-                table = pq.read_table(run.store.get(index.outputs["images"]), filters=[("split", "=", "test")])
-                prompts = pq.read_table(run.store.get(index.outputs["scores"]), filters=[("split", "=", "test")])
-                images = [decode_png(image) for image in table["image"].to_pylist()]
-                found = judge.scores(images, prompts["prompt"].to_pylist())
-                means = {key: value.reshape(-1, IMAGES_PER_PROMPT) for key, value in found.items()}
-                scores.setdefault(label, []).append(means)
-                distances.setdefault(label, []).append(judge.distance(images, real))
-    return scores, distances
-
-
-@app.callback()
-def main(context: typer.Context, seeds: Annotated[int, typer.Option(help="training seeds per arm")] = 3) -> None:
-    """The table on the test prompts: every arm, three training seeds, intervals over prompts and seeds."""
-    if context.invoked_subcommand:
-        return
-    with lab() as here:
-        scores, distances = _columns(here, seeds)
-    metrics = ("clip_score", "style_share", "recall_at_1")
-
-    def of(label: str, metric: str) -> np.ndarray:
-        """[seeds, prompts], means over images"""
-        return np.stack([seed[metric].mean(1) for seed in scores[label]])
-
-    def won(label: str, other: str) -> np.ndarray:
-        pairs = zip(scores[label], scores[other], strict=True)
-        return np.stack([wins(a["clip_score"], b["clip_score"]).mean(1) for a, b in pairs])
-
-    result: dict[str, Any] = {}
-    table = Table(title=f"Test prompts, {seeds} seeds, 95 % bootstrap over prompts and seeds", title_justify="left")
-    for title in ("model", *metrics, "frechet", "win rate over base", "win rate over sft", "clip_score minus sft"):
-        table.add_column(title)
-    for label in scores:
-        row = {metric: bootstrap_seeds(of(label, metric), 5000).as_dict() for metric in metrics}
-        row |= {
-            f"win_rate_over_{other}": bootstrap_seeds(won(label, other), 5000).as_dict() for other in ("base", "sft")
+def main(
+    search: Annotated[bool, typer.Option("--search", help="compare settings on the validation prompts")] = False,
+    seeds: Annotated[int, typer.Option(help="training seeds of every arm")] = 3,
+    iterations: Annotated[int, typer.Option(help="rounds of self-play")] = 3,
+    only: Annotated[str, typer.Option(help="part of the arms' names")] = "",
+) -> None:
+    """Run the comparison and print its tables."""
+    kind = "search" if search else "experiment"
+    split: Split = "validation" if search else "test"
+    folder = ROOT / "build" / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    arms = {name: arm for name, arm in (SEARCH if search else ARMS).items() if only in name}
+    with laptop(folder, with_mlflow=False) as servers:
+        os.environ.update(servers.environment())
+        os.environ |= {"SPIN_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+        values = {
+            "run_key": kind,
+            "arms": arms,
+            "iterations": 1 if search else iterations,
+            "seeds": 1 if search else seeds,
+            "split": split,
+            "overrides": {"score": {"images_per_prompt": 2 if search else 4}},
+            "generate_shards": 1,
+            "gpu_count": 0,
+            "store_uri": "s3://spin",
+            "store_endpoint": servers.s3_endpoint,
+            "tracking_uri": "",
         }
-        row["clip_score_minus_sft"] = bootstrap_seeds(of(label, "clip_score") - of("sft", "clip_score"), 5000).as_dict()
-        by_seed = {metric: [float(seed[metric].mean()) for seed in scores[label]] for metric in metrics}
-        result[label] = row | {"frechet": distances[label], "by_seed": by_seed}
-        cells = [f"{row[key]['value']:.2f} [{row[key]['low']:.2f}, {row[key]['high']:.2f}]" for key in row]
-        table.add_row(label, *cells[:3], f"{np.mean(distances[label]):.1f}", *cells[3:])
-    (FOLDER / "results.json").write_text(json.dumps(result, indent=2) + "\n")
-    console.print(table)
+        (folder / "params.yaml").write_text(yaml.safe_dump(values))
+        log = folder / "pipeline.log"
+        command = [sys.executable, str(ROOT / "pipelines" / "compare.py"), "--local"]
+        command += ["--params", str(folder / "params.yaml"), "--output", str(folder / "spin-comparison.yaml")]
+        with log.open("w") as said:
+            done = subprocess.run(command, stdout=said, stderr=subprocess.STDOUT)
+        if done.returncode:
+            raise SystemExit(f"expected the comparison to finish, got exit code {done.returncode}; see {log}")
+        run = Place(kind, "s3://spin", servers.s3_endpoint).open()
+        (table,) = (folder / "local").rglob("compare-players/table")
+        lines = [table.read_text(), *content(run, values, split)]
+        result = {"rows": run.need("comparison", kind).facts, "content": lines[1:]}
+    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / "tables.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)
