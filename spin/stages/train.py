@@ -170,7 +170,7 @@ def _train(
         if rank():
             trainer.accelerator.wait_for_everyone()
             return run.need(stage, "the end of training")
-        models.export(folder, trainer.player_unet(), work / "model")
+        models.export(folder, trainer.player_denoiser(), work / "model")
         player = run.store.put_folder(work / "model")
         path = work / "history.jsonl"
         # Seconds differ from run to run; the history's digest should not.

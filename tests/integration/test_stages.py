@@ -444,7 +444,7 @@ def test_a_checkpoint_that_is_gone_costs_time_alone(
         raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "player_unet", interrupt)
+        patch.setattr(Trainer, "player_denoiser", interrupt)
         with pytest.raises(Interrupted):
             train(place, 1)
     progress = world.run("robbed").read_progress("iteration-001/train")
