@@ -4,18 +4,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeAlias
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+import transformers
+from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from spin.errors import SpinError
+
+# Progress bars and advice of the libraries would bury the stages' own lines. diffusers imports the pipelines that
+# are named below only then, and they advise while they are imported.
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+diffusers.utils.logging.set_verbosity_error()
+diffusers.utils.logging.disable_progress_bar()
 
 Denoiser: TypeAlias = UNet2DConditionModel | SD3Transformer2DModel
 
@@ -105,7 +107,7 @@ FAMILIES = {
     for family in (
         # SD-1.x and SD-2: they differ in their configs alone.
         Family(
-            StableDiffusionPipeline,
+            diffusers.StableDiffusionPipeline,
             "unet",
             {
                 "unet": UNet2DConditionModel,
@@ -117,7 +119,7 @@ FAMILIES = {
             options={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
         ),
         Family(
-            StableDiffusionXLPipeline,
+            diffusers.StableDiffusionXLPipeline,
             "unet",
             {
                 "unet": UNet2DConditionModel,
@@ -132,7 +134,7 @@ FAMILIES = {
             settings=("force_zeros_for_empty_prompt",),
         ),
         Family(
-            StableDiffusion3Pipeline,
+            diffusers.StableDiffusion3Pipeline,
             "transformer",
             {
                 "transformer": SD3Transformer2DModel,

@@ -8,21 +8,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from diffusers import AutoencoderKL, ModelMixin
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from spin.errors import SpinError
 from spin.families import Conditioning, Denoiser, Family, family_of, latents_per_step
-
-# Progress bars and advice of the libraries would bury the stages' own lines.
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
-diffusers.utils.logging.set_verbosity_error()
-diffusers.utils.logging.disable_progress_bar()
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
 from spin.config import GenerateConfig
 from spin.diffusion import is_flow
@@ -49,10 +48,11 @@ def solver(model: Model, steps: int, side: int) -> Any:
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(model.scheduler_config, stochastic_sampling=False)
     shift = None
     if scheduler.config.use_dynamic_shifting:
-        patches = (side // latents_per_step(model.denoiser)) ** 2
-        given = {name: scheduler.config[name] for name in ("base_shift", "max_shift")}
-        lengths = (scheduler.config.base_image_seq_len, scheduler.config.max_image_seq_len)
-        shift = calculate_shift(patches, *lengths, **given)
+        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+
+        patches, given = (side // latents_per_step(model.denoiser)) ** 2, scheduler.config
+        lengths = given.base_image_seq_len, given.max_image_seq_len
+        shift = calculate_shift(patches, *lengths, given.base_shift, given.max_shift)
     scheduler.set_timesteps(steps, device=model.device, mu=shift)
     return scheduler
 
