@@ -133,17 +133,17 @@ def find(name: str) -> Path:
 
     try:
         # The index first: a model that cannot be played is refused before gigabytes arrive.
-        folder = Path(snapshot_download(name, allow_patterns=["model_index.json"]))
-        family, index = read_index(folder)
+        family, index = read_index(Path(snapshot_download(name, allow_patterns=["model_index.json"])))
         folders = [f"{part}/*" for part in (*family.parts_of(index), "scheduler")]
         # Half-precision and non-EMA twins would only double the download.
         twins = ["*.fp16*", "*.non_ema*", "*.msgpack", "*.onnx*"]
-        snapshot_download(
-            name,
-            allow_patterns=["model_index.json", *folders],
-            ignore_patterns=[*(f"*{ending}" for ending in PICKLES), *twins],
+        return Path(
+            snapshot_download(
+                name,
+                allow_patterns=["model_index.json", *folders],
+                ignore_patterns=[*(f"*{ending}" for ending in PICKLES), *twins],
+            )
         )
-        return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise SpinError(
             f"expected a model folder or hub name, got {name!r} ({type(error).__name__}); give an existing folder or "
