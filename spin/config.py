@@ -30,7 +30,7 @@ class DataConfig(_Config):
     split: str = "train"
     """Split to read where the source has several (``hf:``)."""
     resolution: Positive = 512
-    """Side of the square training images, in pixels; a multiple of the autoencoder's factor."""
+    """Side of the square training images, in pixels; a multiple of the autoencoder's factor and the denoiser's."""
     min_size: Positive = 64
     """Rows whose shorter side has fewer pixels are rejected."""
     limit: Positive | None = None
@@ -46,7 +46,7 @@ class GenerateConfig(_Config):
     """How the opponent draws the losers (and how the player is drawn for scoring)."""
 
     num_inference_steps: Positive = 20
-    """DPM-Solver++ steps: 20 exceed PNDM's 50 in the paper's rebuttal."""
+    """DPM-Solver++ steps (a flow model's Euler steps): 20 exceed PNDM's 50 in the paper's rebuttal."""
     guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 7.5
     """Classifier-free guidance; 1 turns it off. The paper's SD-1.5 setting."""
     batch_size: Positive = 64
@@ -60,9 +60,9 @@ class TrainConfig(_Config):
     """How the player learns. Defaults are those of the paper's SD-1.5 runs (method section 5.1, rebuttal B.1)."""
 
     objective: Literal["spin", "exact-spin", "sft", "dpo"] = "spin"
-    """``spin``: approximate SPIN, Eq. 3.9; ``exact-spin``: on whole trajectories, Eq. 3.8, drawn while training;
-    ``sft``: denoising loss on the winners alone; ``dpo``: Diffusion-DPO, the same loss as SPIN's on the data's own
-    pairs (one iteration: its reference is the base model)."""
+    """``spin``: approximate SPIN, Eq. 3.9; ``exact-spin``: on whole trajectories, Eq. 3.8, drawn while training
+    (diffusion models alone); ``sft``: denoising loss on the winners alone; ``dpo``: Diffusion-DPO, the same loss as
+    SPIN's on the data's own pairs (one iteration: its reference is the base model)."""
     link: Literal["logistic", "hinge", "correlation", "exponential"] = "logistic"
     """Decreasing convex function of the advantage: see ``spin.losses``. The paper trains with the logistic one."""
     beta: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (2000.0, 5000.0)
@@ -98,7 +98,7 @@ class TrainConfig(_Config):
     """Winner and loser of a pair get the same noise (as in Diffusion-DPO's code): less variance, the same bound."""
     min_snr: NonNegativeFloat = 0.0
     """Above 0, errors are weighted by min(SNR, this) / SNR, which plays down the nearly clean timesteps (Hang et al.
-    2023, usually 5); 0: the paper's constant weight."""
+    2023, usually 5); 0: the paper's constant weight, and a flow model's only choice."""
     loser_gradient_scale: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Below 1, the loser's error pulls less than the winner's: a guard for runs whose winners drift (Diffusion-SDPO
     uses 0.93 for SD-1.5). The loss keeps its value."""
@@ -109,7 +109,7 @@ class TrainConfig(_Config):
     """Share of pairs whose loser is the previous iteration's, from iteration 2 on (SPIN for language models mixes
     both); the paper draws all of them anew."""
     prompt_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of pairs trained with the empty prompt (Diffusion-DPO uses 0.2)."""
+    """Share of pairs trained with the empty prompt, as guidance hears it (Diffusion-DPO uses 0.2)."""
     max_winner_drift: PositiveFloat = 0.1
     """Training stops when the winner's error exceeds the reference's by this share (smoothed over steps)."""
     validate_every: Annotated[int, Field(ge=0)] = 0

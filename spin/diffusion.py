@@ -54,10 +54,6 @@ class Process(Protocol):
         """Return what a perfect network would predict."""
         ...
 
-    def min_snr_weight(self, timestep_B: torch.Tensor, limit: float) -> torch.Tensor:
-        """Return the weight of each timestep's error, float32 [B]."""
-        ...
-
 
 @dataclass(frozen=True)
 class Diffusion:
@@ -107,9 +103,10 @@ class Diffusion:
 
 @dataclass(frozen=True)
 class Flow:
-    """Rectified flow (SD3, FLUX): x_t = (1 - sigma) x_0 + sigma noise, the network predicts noise - x_0.
+    """Rectified flow (SD3): x_t = (1 - sigma) x_0 + sigma noise, the network predicts noise - x_0.
 
-    ``shift`` moves the uniform draw of sigma towards noise, as the model was trained (Esser et al. 2024, Eq. 23).
+    ``shift`` moves the uniform draw of sigma towards noise, as the model was trained (Esser et al. 2024, Eq. 23). The
+    network is told the timestep sigma * 1000, as in diffusers' own training of SD3.
     """
 
     shift: float = 1.0
@@ -132,18 +129,26 @@ class Flow:
     def target(self, latents_BCHW: torch.Tensor, noise_BCHW: torch.Tensor, timestep_B: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         return noise_BCHW - latents_BCHW
 
-    def min_snr_weight(self, timestep_B: torch.Tensor, limit: float) -> torch.Tensor:  # noqa: ARG002
-        raise SpinError(f"expected train.min_snr 0 for a flow model, got {limit:g}; it weighs diffusion models alone")
+
+def is_flow(scheduler_config: Mapping[str, Any]) -> bool:
+    return str(scheduler_config.get("_class_name", "")).startswith("FlowMatch")
 
 
 def process_of(scheduler_config: Mapping[str, Any]) -> Diffusion | Flow:
     """Return the process that the model's scheduler belongs to.
 
     Raises:
-        SpinError: the model predicts neither noise nor velocity.
+        SpinError: the model predicts neither noise nor velocity, or its noise levels are no timesteps (EDM).
     """
-    if str(scheduler_config.get("_class_name", "")).startswith("FlowMatch"):
-        return Flow(float(scheduler_config.get("shift", 1.0)), int(scheduler_config.get("num_train_timesteps", 1000)))
+    if is_flow(scheduler_config):
+        # A shift that depends on the resolution is the sampler's; diffusers trains such a model unshifted.
+        shift = 1.0 if scheduler_config.get("use_dynamic_shifting") else float(scheduler_config.get("shift", 1.0))
+        return Flow(shift, int(scheduler_config.get("num_train_timesteps", 1000)))
+    if (name := str(scheduler_config.get("_class_name", ""))).startswith("EDM"):
+        raise SpinError(
+            f"expected a model with the timesteps of DDPM or of a flow, got {name} (scheduler_config.json of the base "
+            "model); choose another model"
+        )
     prediction = str(scheduler_config.get("prediction_type", "epsilon"))
     if prediction not in ("epsilon", "v_prediction"):
         raise SpinError(

@@ -54,11 +54,11 @@ def errors_on_grid(trainer: Trainer) -> GridErrors:
         ids = [rows[place].id for place in places]
         winner = data.winners(ids).to(device)
         loser = losers.of(ids).to(device) if paired and losers is not None else None
-        embeds = trainer.embed([rows[place].prompt for place in places])
+        conditioning = trainer.embed([rows[place].prompt for place in places])
         for column in range(GRID):
             noise = torch.stack([noise_of(data.latents_shape, "held-out", id, column) for id in ids]).to(device)
             timestep = timesteps[column].repeat(len(ids))
-            pair = Batch(winner, loser, noise, noise, timestep, embeds)
+            pair = Batch(winner, loser, noise, noise, timestep, conditioning)
             for side, error in enumerate(trainer.errors(denoiser, pair)):
                 if error is not None:
                     errors[side, places, column] = error

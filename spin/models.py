@@ -2,49 +2,39 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ModelMixin
 from safetensors import SafetensorError
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import PreTrainedTokenizerBase
 
 from spin.errors import SpinError
+from spin.families import Conditioning, Denoiser, Family, family_of, latents_per_step
 
-# Progress bars and advice of the libraries would bury the stages' own lines.
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
-diffusers.utils.logging.set_verbosity_error()
-diffusers.utils.logging.disable_progress_bar()
-
-PARTS = {
-    "unet": "UNet2DConditionModel",
-    "vae": "AutoencoderKL",
-    "text_encoder": "CLIPTextModel",
-    "tokenizer": "CLIPTokenizer",
-}
-"""Sub-folders that a self-play run needs, and the class that each must name in model_index.json."""
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 
 
 @dataclass
 class Model:
-    """The parts of a Stable-Diffusion-format pipeline, in evaluation mode, on one device."""
+    """The parts of a text-to-image pipeline, in evaluation mode, on one device.
 
-    unet: UNet2DConditionModel
+    ``pipeline`` is the stock one, of the same parts: it encodes the prompts.
+    """
+
+    family: Family
+    denoiser: Denoiser
     vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
+    pipeline: Any
     scheduler_config: dict[str, Any]
 
     @property
     def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
+        return next(self.denoiser.parameters()).device
 
     @property
     def scale_factor(self) -> int:
@@ -57,27 +47,55 @@ class Model:
         Raises:
             SpinError: ``resolution`` does not fit the autoencoder and the denoiser.
         """
-        step = self.scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        step = self.scale_factor * latents_per_step(self.denoiser)
         if resolution % step:
             lower = max(step, resolution // step * step)
             raise SpinError(
                 f"expected data.resolution to be a multiple of {step} for this model, got {resolution}; "
                 f"set it to {lower} or {lower + step}"
             )
+        # A transformer that crops its table of positions has no more than these.
+        positions = self.denoiser.config.get("pos_embed_max_size")
+        if positions and resolution > positions * step:
+            raise SpinError(
+                f"expected data.resolution of at most {positions * step} for this model, got {resolution}; lower it"
+            )
         side = resolution // self.scale_factor
-        return self.unet.config.in_channels, side, side
+        return self.denoiser.config.in_channels, side, side
 
     @torch.no_grad()
-    def embed(self, prompts: list[str]) -> torch.Tensor:
-        """Return the text encoder's last hidden state for ``prompts``, [B, L, D]; too long prompts are cut."""
-        ids = self.tokenizer(
-            prompts,
-            padding="max_length",
-            truncation=True,
-            max_length=self.tokenizer.model_max_length,
-            return_tensors="pt",
-        ).input_ids
-        return self.text_encoder(ids.to(self.device)).last_hidden_state
+    def embed(self, prompts: Sequence[str]) -> Conditioning:
+        """Return what the denoiser hears of ``prompts``, as the stock pipeline encodes them; too long ones are cut.
+
+        The empty prompt gives what guidance compares with. That differs from the encoded empty text in SDXL
+        pipelines that ask for zeros instead.
+        """
+        given = torch.tensor([bool(prompt) for prompt in prompts], device=self.device)
+        encoded = self.pipeline.encode_prompt(
+            prompt=list(prompts),
+            device=self.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance="" in prompts,
+            **self.family.prompts,
+        )
+        text, empty, *pooled = encoded
+        prompted = Conditioning(text, *pooled[:1])
+        return prompted if empty is None else prompted.where(given, Conditioning(empty, *pooled[1:]))
+
+    def predict(
+        self, denoiser: Any, latents_BCHW: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning
+    ) -> torch.Tensor:
+        """Return the prediction [B, C, H, W] of ``denoiser``: the model's own, its reference, or one that wraps it.
+
+        Args:
+            timestep: [] or [B], int64, float32 for a flow.
+        """
+        height, width = (side * self.scale_factor for side in latents_BCHW.shape[2:])
+        keywords = self.family.keywords(conditioning, height, width)
+        prediction: torch.Tensor = denoiser(
+            latents_BCHW, timestep=timestep.expand(len(latents_BCHW)), **keywords
+        ).sample
+        return prediction
 
     @torch.no_grad()
     def encode(self, images_BCHW: torch.Tensor) -> torch.Tensor:
@@ -113,20 +131,17 @@ def find(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    folders = [f"{part}/*" for part in (*PARTS, "scheduler")]
     try:
+        # The index first: a model that cannot be played is refused before gigabytes arrive.
+        family, index = read_index(Path(snapshot_download(name, allow_patterns=["model_index.json"])))
+        folders = [f"{part}/*" for part in (*family.parts_of(index), "scheduler")]
         # Half-precision and non-EMA twins would only double the download.
+        twins = ["*.fp16*", "*.non_ema*", "*.msgpack", "*.onnx*"]
         return Path(
             snapshot_download(
                 name,
                 allow_patterns=["model_index.json", *folders],
-                ignore_patterns=[
-                    *(f"*{ending}" for ending in PICKLES),
-                    "*.fp16.*",
-                    "*.non_ema.*",
-                    "*.msgpack",
-                    "*.onnx*",
-                ],
+                ignore_patterns=[*(f"*{ending}" for ending in PICKLES), *twins],
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -146,26 +161,42 @@ def _json_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_index(folder: Path) -> tuple[Family, dict[str, Any]]:
+    """Return the family of a pipeline folder, and its model_index.json.
+
+    Raises:
+        SpinError: no pipeline folder, or none of a family that can be played.
+    """
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise SpinError(f"expected a diffusers pipeline folder with model_index.json, got {folder}; check base_model")
+    index = _json_object(path)
+    return family_of(index, path), index
+
+
 def check(folder: Path) -> None:
-    """Refuse a folder that is no Stable-Diffusion-format pipeline or that holds pickled weights.
+    """Refuse a folder that is no pipeline of a known family, or that holds pickled weights.
 
     Raises:
         SpinError: says which file is missing, of another class, or a pickle.
     """
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise SpinError(f"expected a diffusers pipeline folder with model_index.json, got {folder}; check base_model")
-    parts = _json_object(index)
-    for part, wanted in PARTS.items():
-        entry = parts.get(part)
+    family, index = read_index(folder)
+    parts = family.parts_of(index)
+    for part, kind in parts.items():
+        entry, wanted = index.get(part), kind.__name__
         got = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if got not in (wanted, f"{wanted}Fast"):
-            raise SpinError(f"expected {part} of class {wanted} in {index}, got {got}; SD-1.x pipelines are supported")
+            raise SpinError(
+                f"expected {part} of class {wanted} in {folder}/model_index.json, got {got}; a "
+                f"{family.pipeline.__name__} needs it"
+            )
         if not (folder / part).is_dir():
             raise SpinError(f"expected the folder {folder / part}, got none; the pipeline is incomplete")
     if not (folder / "scheduler" / "scheduler_config.json").is_file():
         raise SpinError(f"expected {folder}/scheduler/scheduler_config.json, got none; the pipeline is incomplete")
-    for part in ("unet", "vae", "text_encoder"):
+    for part, kind in parts.items():
+        if issubclass(kind, PreTrainedTokenizerBase):
+            continue
         if pickled := [path.name for path in sorted((folder / part).iterdir()) if path.suffix in PICKLES]:
             raise SpinError(
                 f"expected safetensors weights, got the pickle {part}/{pickled[0]} ({folder}); convert it with "
@@ -187,50 +218,65 @@ def complete(loaded: tuple[Any, dict[str, Any]]) -> Any:
     return model
 
 
-def worded(tokenizer: CLIPTokenizer) -> CLIPTokenizer:
+def worded(tokenizer: Any) -> Any:
     """Return ``tokenizer``.
 
     Raises:
         ValueError: it has no words; ``transformers`` makes such a one of a folder without vocabulary.
     """
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+    # T5's has the space even then.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens) + 1:
         raise ValueError("the tokenizer has no vocabulary")
     return tokenizer
+
+
+def _part(folder: Path, kind: Any) -> Any:
+    if issubclass(kind, PreTrainedTokenizerBase):
+        return worded(kind.from_pretrained(folder, local_files_only=True))
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    precision = "torch_dtype" if issubclass(kind, ModelMixin) else "dtype"
+    return complete(kind.from_pretrained(folder, **options, **{precision: torch.float32}))
 
 
 def load(folder: Path, device: torch.device | None = None) -> Model:
     """Load a checked pipeline folder in float32, frozen, in evaluation mode."""
     check(folder)
+    family, index = read_index(folder)
     device = device or best_device()
-    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
-        unet = complete(UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32, **options))
-        vae = complete(AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, **options))
-        text = complete(CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32, **options))
-        tokenizer = worded(CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True))
+        parts = {name: _part(folder / name, kind) for name, kind in family.parts_of(index).items()}
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SpinError(f"expected a loadable diffusers pipeline, got {folder} ({reason}); export it again") from None
-    for part in (unet, vae, text):
-        part.to(device).requires_grad_(False).eval()
-    return Model(unet, vae, text, tokenizer, _json_object(folder / "scheduler" / "scheduler_config.json"))
+    for part in parts.values():
+        if isinstance(part, torch.nn.Module):
+            part.to(device).requires_grad_(False).eval()
+    return Model(
+        family,
+        parts[family.denoiser],
+        parts["vae"],
+        family.assemble(index, parts),
+        _json_object(folder / "scheduler" / "scheduler_config.json"),
+    )
 
 
-def export(opponent: Path, unet: UNet2DConditionModel, target: Path) -> None:
+def export(opponent: Path, denoiser: Denoiser, target: Path) -> None:
     """Write the player as a pipeline folder: the opponent's files, with the denoiser's weights replaced.
 
     Every other byte is the opponent's, so equal weights give an equal digest wherever and whenever they are written.
     """
+    name = read_index(opponent)[0].denoiser
     shutil.copytree(
         opponent,
         target,
         ignore=lambda path, names: (
             [n for n in names if n.endswith((".safetensors", ".safetensors.index.json"))]
-            if Path(path).name == "unet"
+            if Path(path) == opponent / name
             else []
         ),
     )
-    unet.save_pretrained(target / "unet-new", safe_serialization=True)
-    for weights in (target / "unet-new").glob("*.safetensors*"):
-        weights.replace(target / "unet" / weights.name)
-    shutil.rmtree(target / "unet-new")
+    fresh = target / f"{name}-new"
+    denoiser.save_pretrained(fresh, safe_serialization=True)
+    for weights in fresh.glob("*.safetensors*"):
+        weights.replace(target / name / weights.name)
+    shutil.rmtree(fresh)

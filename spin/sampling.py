@@ -5,9 +5,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from spin.config import GenerateConfig
+from spin.diffusion import is_flow
+from spin.families import Conditioning, latents_per_step
 from spin.models import Model
 
 
@@ -25,37 +27,60 @@ def fast_precision(device: torch.device) -> str:
     return "fp32"
 
 
+def solver(model: Model, steps: int, side: int) -> Any:
+    """Return the scheduler that draws ``steps`` steps of latents ``side`` wide: DPM-Solver++, or Euler for a flow.
+
+    Neither scales the first noise or the denoiser's input.
+    """
+    scheduler: Any
+    if not is_flow(model.scheduler_config):
+        scheduler = DPMSolverMultistepScheduler.from_config(
+            model.scheduler_config,
+            algorithm_type="dpmsolver++",
+            solver_order=2,
+            solver_type="midpoint",
+            final_sigmas_type="zero",
+            thresholding=False,
+        )
+        scheduler.set_timesteps(steps, device=model.device)
+        return scheduler
+    # Noise that the solver draws itself would not be the prompt's own.
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(model.scheduler_config, stochastic_sampling=False)
+    shift = None
+    if scheduler.config.use_dynamic_shifting:
+        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+
+        patches, given = (side // latents_per_step(model.denoiser)) ** 2, scheduler.config
+        lengths = given.base_image_seq_len, given.max_image_seq_len
+        shift = calculate_shift(patches, *lengths, given.base_shift, given.max_shift)
+    scheduler.set_timesteps(steps, device=model.device, mu=shift)
+    return scheduler
+
+
 @torch.inference_mode()
 def sample_latents(
     model: Model, prompts: Sequence[str], noise_BCHW: torch.Tensor, config: GenerateConfig, precision: str
 ) -> torch.Tensor:
     """Return the latents drawn for ``prompts`` from ``noise_BCHW``, float32 [B, C, H, W] in the denoiser's scale.
 
-    DPM-Solver++ with classifier-free guidance, both halves of the guidance in one denoiser call. Fewer prompts than
-    ``config.batch_size`` are padded to it, so one shape serves all calls.
+    DPM-Solver++ (Euler for a flow) with classifier-free guidance, both halves of the guidance in one denoiser call.
+    Fewer prompts than ``config.batch_size`` are padded to it, so one shape serves all calls.
 
-    Source: the paper's rebuttal (DPM-Solver, 20 steps, batch 64); equal to ``StableDiffusionPipeline`` (tests).
+    Source: the paper's rebuttal (DPM-Solver, 20 steps, batch 64); equal to each family's stock pipeline (tests).
     """
     count, size = len(prompts), config.batch_size
     guided = config.guidance_scale > 1
     padded = [*prompts, *[""] * (size - count)]
     latents = torch.zeros(size, *noise_BCHW.shape[1:], device=model.device)
     latents[:count] = noise_BCHW
-    scheduler = DPMSolverMultistepScheduler.from_config(
-        model.scheduler_config,
-        algorithm_type="dpmsolver++",
-        solver_order=2,
-        solver_type="midpoint",
-        final_sigmas_type="zero",
-        thresholding=False,
-    )
-    scheduler.set_timesteps(config.num_inference_steps, device=model.device)
-    latents = latents * scheduler.init_noise_sigma
+    scheduler = solver(model, config.num_inference_steps, latents.shape[-1])
     with autocast(model.device, precision):
-        embeds = model.embed([*[""] * size, *padded] if guided else padded)
+        conditioning = model.embed(padded)
+        if guided:
+            conditioning = Conditioning.cat([model.embed([""]).repeat(size), conditioning])
         for timestep in scheduler.timesteps:
-            model_input = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, timestep)
-            prediction = model.unet(model_input, timestep, encoder_hidden_states=embeds).sample.float()
+            model_input = torch.cat([latents, latents]) if guided else latents
+            prediction = model.predict(model.denoiser, model_input, timestep, conditioning).float()
             if guided:
                 empty, prompted = prediction.chunk(2)
                 prediction = empty + config.guidance_scale * (prompted - empty)

@@ -6,7 +6,7 @@ Opponent, reference and starting point are one checkpoint. The trainer knows ten
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 
 from spin import checkpoint
 from spin.config import TrainConfig
 from spin.data.dataset import Dataset, Latents
-from spin.diffusion import Diffusion, denoising_error, process_of
+from spin.diffusion import Diffusion, Flow, denoising_error, process_of
 from spin.errors import SpinError
+from spin.families import Conditioning, Denoiser
 from spin.losses import Objective, sft_loss, spin_loss
 from spin.models import Model
 from spin.sampling import autocast
@@ -30,7 +30,11 @@ from spin.seeding import generator_of, noise_of, seed_of
 from spin.selection import Selection
 from spin.trajectory import chain_of, exact_spin
 
-LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+LORA_TARGETS = [
+    *("to_q", "to_k", "to_v", "to_out.0"),
+    # The text's side of a transformer's joint attention; a UNet has none.
+    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+]
 
 
 class Diverged(SpinError):
@@ -43,7 +47,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch of B pairs on the device: latents and noise [B, C, H, W], timestep int64 [B], embeds [B, L, D].
+    """A micro-batch of B pairs on the device: latents and noise [B, C, H, W], timestep [B] (int64, a flow's float32).
 
     ``noise`` is both sides', unless ``loser_noise`` differs. For trajectories of N steps, it is [N + 1, B, C, H, W].
     """
@@ -53,7 +57,24 @@ class Batch:
     noise: torch.Tensor
     loser_noise: torch.Tensor
     timestep: torch.Tensor
-    embeds: torch.Tensor
+    conditioning: Conditioning
+
+
+def process_for(config: TrainConfig, scheduler_config: Mapping[str, Any]) -> Diffusion | Flow:
+    """Return the process of a model that is to be trained so.
+
+    Raises:
+        SpinError: what is asked for needs a diffusion model, and this is a flow model.
+    """
+    process = process_of(scheduler_config)
+    if isinstance(process, Flow):
+        if config.objective == "exact-spin":
+            raise SpinError("expected a diffusion model for exact-spin, got a flow model; use train.objective spin")
+        if config.min_snr:
+            raise SpinError(
+                f"expected train.min_snr 0 for a flow model, got {config.min_snr:g}; it weighs diffusion models alone"
+            )
+    return process
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -78,7 +99,7 @@ def order(ids: Sequence[str], seed: int, iteration: int, start: int, count: int)
 
 
 class Trainer:
-    """Trains ``model.unet`` in place for one iteration.
+    """Trains ``model.denoiser`` in place for one iteration.
 
     The learning state is (weights, moments, step): the order of pairs, their timesteps and noise follow from the
     step, so a resumed run equals an uninterrupted one.
@@ -118,9 +139,7 @@ class Trainer:
                 raise SpinError(
                     f"expected a loser for every pair, got none for {len(missing)}, e.g. {missing[0]}; generate"
                 )
-        self.process = process_of(model.scheduler_config).to(model.device)
-        if config.objective == "exact-spin" and not isinstance(self.process, Diffusion):
-            raise SpinError("expected a diffusion model for exact-spin, got a flow model; use train.objective spin")
+        self.process = process_for(config, model.scheduler_config).to(model.device)
         self.accelerator = Accelerator(mixed_precision="no", cpu=model.device.type == "cpu")
         share = config.micro_batch_size * self.accelerator.num_processes
         if config.batch_size % share:
@@ -134,14 +153,14 @@ class Trainer:
         self.history: list[dict[str, float]] = []
 
     def _make_players(self) -> None:
-        unet = self.model.unet
+        denoiser = self.model.denoiser
         if self.config.lora_rank:
             from peft import LoraConfig
 
             # Adapters start at zero and the frozen weights are the opponent's: with the adapters off, the player is
             # its own reference, in every iteration, since each one's adapters are merged at its end.
             torch.manual_seed(seed_of("lora", self.config.seed, self.iteration))
-            unet.add_adapter(
+            denoiser.add_adapter(
                 LoraConfig(
                     r=self.config.lora_rank,
                     lora_alpha=self.config.lora_rank,
@@ -149,23 +168,23 @@ class Trainer:
                     init_lora_weights="gaussian",
                 )
             )
-            self.reference: UNet2DConditionModel = unet
+            self.reference: Denoiser = denoiser
         else:
-            self.reference = unet if self.config.objective == "sft" else copy.deepcopy(unet)
-            unet.requires_grad_(True)
-        unet.train()
+            self.reference = denoiser if self.config.objective == "sft" else copy.deepcopy(denoiser)
+            denoiser.requires_grad_(True)
+        denoiser.train()
         if self.config.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
+            denoiser.enable_gradient_checkpointing()
         optimizer = torch.optim.AdamW(
-            checkpoint.trained(unet).values(),
+            checkpoint.trained(denoiser).values(),
             lr=self.config.learning_rate,
             weight_decay=self.config.weight_decay,
             betas=(self.config.adam_beta1, self.config.adam_beta2),
             eps=self.config.adam_epsilon,
         )
-        self.player, self.optimizer = self.accelerator.prepare(unet, optimizer)
+        self.player, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
         decay = self.config.ema_decay
-        self.average = EMAModel(list(checkpoint.trained(unet).values()), decay=decay) if decay else None
+        self.average = EMAModel(list(checkpoint.trained(denoiser).values()), decay=decay) if decay else None
 
     def batch(self, places: Sequence[tuple[int, int]]) -> Batch:
         """Assemble the micro-batch of (epoch, row) ``places``; each pair has one timestep and one noise."""
@@ -190,11 +209,12 @@ class Trainer:
             noise,
             noise if self.config.shared_noise else noise_for("loser"),
             timestep.to(device),
+            # A dropped prompt must become what guidance will compare with, or the player's empty half stays untrained.
             self.embed(prompts),
         )
 
-    def embed(self, prompts: list[str]) -> torch.Tensor:
-        """Return what the denoiser reads of ``prompts``, [B, L, D]."""
+    def embed(self, prompts: list[str]) -> Conditioning:
+        """Return what the denoiser hears of ``prompts``."""
         with autocast(self.model.device, self.precision):
             return self.model.embed(prompts)
 
@@ -223,23 +243,24 @@ class Trainer:
         latents = torch.cat(sides)
         noisy = self.process.noisy(latents, noise, timestep)
         with autocast(self.model.device, self.precision):
-            prediction = denoiser(noisy, timestep, encoder_hidden_states=batch.embeds.repeat(n, 1, 1)).sample
+            prediction = self.model.predict(denoiser, noisy, timestep, batch.conditioning.repeat(n))
         error = denoising_error(prediction, self.process.target(latents, noise, timestep))
         if self.config.min_snr:
+            assert isinstance(self.process, Diffusion)
             error = error * self.process.min_snr_weight(timestep, self.config.min_snr)
         winner, loser = error[: len(batch.winner)], error[len(batch.winner) :]
         return winner, loser if n == 2 else None
 
     @contextmanager
-    def as_reference(self) -> Iterator[UNet2DConditionModel]:
+    def as_reference(self) -> Iterator[Denoiser]:
         """Give the opponent's network: the frozen copy, or the player's own with its adapters off."""
-        unet = self.accelerator.unwrap_model(self.player)
+        denoiser = self.accelerator.unwrap_model(self.player)
         if self.config.lora_rank:
-            unet.disable_adapters()
+            denoiser.disable_adapters()
         with torch.no_grad():
             yield self.reference
         if self.config.lora_rank:
-            unet.enable_adapters()
+            denoiser.enable_adapters()
 
     def reference_errors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the opponent's errors [B] of winners and losers."""
@@ -258,12 +279,12 @@ class Trainer:
         return objective
 
     def _learn_exactly(self, batch: Batch, last: bool) -> Objective:
-        embeds, process = batch.embeds.repeat(2, 1, 1), self.process
+        conditioning, process = batch.conditioning.repeat(2), self.process
         assert isinstance(process, Diffusion)
 
         def denoise(denoiser: Any, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             with autocast(self.model.device, self.precision):
-                prediction: torch.Tensor = denoiser(latents, timestep, encoder_hidden_states=embeds).sample
+                prediction = self.model.predict(denoiser, latents, timestep, conditioning)
             return process.noise_in(prediction.float(), latents, timestep)
 
         def reference(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
@@ -372,8 +393,8 @@ class Trainer:
             Diverged: see ``watch``.
         """
         if resume_from is not None:
-            unet = self.accelerator.unwrap_model(self.player)
-            state = checkpoint.load(resume_from, unet, self.optimizer.optimizer, self.average)
+            denoiser = self.accelerator.unwrap_model(self.player)
+            state = checkpoint.load(resume_from, denoiser, self.optimizer.optimizer, self.average)
             self.step, self.history, self.drift = state["step"], state["history"], state["drift"]
             if selection:
                 selection.load(resume_from)
@@ -423,8 +444,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             folder = work / f"checkpoint-{self.step:06d}"
             state = {"step": self.step, "history": self.history, "drift": self.drift}
-            unet = self.accelerator.unwrap_model(self.player)
-            checkpoint.save(folder, unet, self.optimizer.optimizer, state, self.average)
+            denoiser = self.accelerator.unwrap_model(self.player)
+            checkpoint.save(folder, denoiser, self.optimizer.optimizer, state, self.average)
             if selection:
                 selection.save(folder)
             on_checkpoint(folder)
@@ -439,10 +460,10 @@ class Trainer:
         asked = torch.tensor([float(stop())], device=self.model.device)
         return bool(self.accelerator.reduce(asked, "sum") > 0)
 
-    def player_unet(self) -> UNet2DConditionModel:
-        """Return the trained denoiser as a plain UNet, adapters merged."""
-        unet: UNet2DConditionModel = self.accelerator.unwrap_model(self.player)
+    def player_denoiser(self) -> Denoiser:
+        """Return the trained denoiser without wrappers, adapters merged."""
+        denoiser: Denoiser = self.accelerator.unwrap_model(self.player)
         if self.config.lora_rank:
-            unet.fuse_lora()
-            unet.unload_lora()
-        return unet
+            denoiser.fuse_lora()
+            denoiser.unload_lora()
+        return denoiser

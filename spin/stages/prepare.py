@@ -62,8 +62,8 @@ def prepare(
 
 def _prepare(run: Run, config: RunConfig, inputs: dict[str, Any], clock: Clock) -> Index:
     from spin import models
-    from spin.diffusion import Flow, process_of
     from spin.scorers.clip import Clip
+    from spin.training import process_for
 
     def local(name: str) -> str:
         return str(run.store.download(name)) if name.startswith("s3://") else name
@@ -71,11 +71,7 @@ def _prepare(run: Run, config: RunConfig, inputs: dict[str, Any], clock: Clock) 
     folder = models.find(local(config.base_model))
     model = models.load(folder)
     shape = model.latents_shape(config.data.resolution)
-    if isinstance(process_of(model.scheduler_config), Flow):
-        raise SpinError(
-            f"expected a diffusion model (epsilon or v prediction), got a flow model ({config.base_model}); "
-            "flow models cannot be drawn yet: choose another base_model"
-        )
+    process_for(config.train, model.scheduler_config)
     # A judge that does not load would be noticed only when the first player is scored.
     Clip(config.score.clip_model, model.device)
     with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
@@ -126,21 +122,23 @@ def _model_files(folder: Path, target: Path) -> Path:
     """Link the files that a run needs (no model card, no licence texts) into ``target``."""
     from spin import models
 
+    family, index = models.read_index(folder)
+    kept = (*family.parts_of(index), "scheduler")
     keep = [
         folder / "model_index.json",
-        *(path for part in (*models.PARTS, "scheduler") for path in (folder / part).rglob("*") if path.is_file()),
+        *(path for part in kept for path in (folder / part).rglob("*") if path.is_file()),
     ]
     for path in keep:
         link = target / path.relative_to(folder)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path.resolve())
-    index = json.loads((target / "model_index.json").read_text())
     # A part that is left behind (safety checker, feature extractor) must not be asked for by those who load the folder.
-    kept = (*models.PARTS, "scheduler")
     left = [name for name, value in index.items() if isinstance(value, list) and value[0] and name not in kept]
     if left:
         (target / "model_index.json").unlink()
-        index |= {name: [None, None] for name in left} | {"requires_safety_checker": False}
+        index |= {name: [None, None] for name in left}
+        if "safety_checker" in left:
+            index["requires_safety_checker"] = False
         (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     return target
 

@@ -189,7 +189,7 @@ def _train(
             trainer.accelerator.wait_for_everyone()
             return run.need(stage, "the end of training")
         if "held_out" in facts:
-            models.export(folder, trainer.player_unet(), work / "model")
+            models.export(folder, trainer.player_denoiser(), work / "model")
             outputs["rejected" if word == "diverged" else "model"] = run.store.put_folder(work / "model")
         path = work / "history.jsonl"
         # Seconds differ from run to run; the history's digest should not.

@@ -35,7 +35,7 @@ def test_arms_are_played_and_compared(laptop_servers: Laptop, tmp_path: Path) ->
         "experiment": "rivals",
         "base_model": str(tiny.base(tmp_path / "base")),
         "data_source": str(tiny.images(tmp_path / "images")),
-        "overrides": tiny.overrides(tiny.judge(tmp_path / "judge"), decay_steps=None),
+        "overrides": tiny.overrides(tiny.judge(tmp_path / "judge")),
     }
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
 

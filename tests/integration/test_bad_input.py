@@ -204,6 +204,18 @@ def base_without_a_part(attempt: Attempt) -> str:
     return "expected the folder .+/tokenizer, got none"
 
 
+def base_of_another_family(attempt: Attempt) -> str:
+    index = attempt.base() / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "FluxPipeline"))
+    return "expected a pipeline of class StableDiffusionPipeline or .+, got FluxPipeline; choose another base_model"
+
+
+def exact_spin_of_a_flow(attempt: Attempt) -> str:
+    attempt.options["base-model"] = str(tiny.base(attempt.folder / "flow", "sd3"))
+    attempt.override(train={"objective": "exact-spin"})
+    return "expected a diffusion model for exact-spin, got a flow model; use train.objective spin"
+
+
 def unknown_preset(attempt: Attempt) -> str:
     attempt.options["preset"] = "emoji_cpu"
     return r"expected a preset, got 'emoji_cpu'; did you mean 'emoji-cpu'\?"
@@ -294,8 +306,9 @@ CASES = [
     missing_folder, folder_without_images, unreadable_images, images_without_captions, fewer_pairs_than_a_batch,
     wrong_kind_of_source, resolution_that_does_not_fit, nothing_held_out, missing_judge,
     missing_base, base_that_is_no_pipeline, base_with_a_pickle,
-    base_with_a_pickle_only, base_with_damaged_weights, base_without_a_part, unknown_preset, unknown_override,
-    unknown_section, override_out_of_range, override_that_is_a_number, section_that_is_a_number,
+    base_with_a_pickle_only, base_with_damaged_weights, base_without_a_part, base_of_another_family,
+    exact_spin_of_a_flow, unknown_preset, unknown_override, unknown_section, override_out_of_range,
+    override_that_is_a_number, section_that_is_a_number,
     overrides_that_are_a_list, overrides_that_are_no_yaml, overrides_in_no_file, overrides_in_a_binary_file,
     no_iterations, negative_iterations, wrong_key, no_key, no_bucket, no_server, bad_endpoint,
 ]  # fmt: skip

@@ -444,7 +444,7 @@ def test_a_checkpoint_that_is_gone_costs_time_alone(
         raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "player_unet", interrupt)
+        patch.setattr(Trainer, "player_denoiser", interrupt)
         with pytest.raises(Interrupted):
             train(place, 1)
     progress = world.run("robbed").read_progress("iteration-001/train")
@@ -582,7 +582,7 @@ def test_a_player_that_ruins_unseen_images_is_set_aside(world: World) -> None:
     assert index.facts["held_out"]["error_change"]["low"] > 0.01
     assert index.outputs["model"].digest == index.inputs["opponent"]
     rejected = models.load(world.store().get(index.outputs["rejected"]), torch.device("cpu"))
-    assert not torch.equal(rejected.unet.conv_in.weight.cpu(), unet_of(world, index)["conv_in.weight"])
+    assert not torch.equal(rejected.denoiser.conv_in.weight.cpu(), unet_of(world, index)["conv_in.weight"])
 
 
 def test_steps_are_chosen_by_the_validation_prompts(world: World) -> None:

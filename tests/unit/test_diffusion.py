@@ -122,5 +122,23 @@ def test_min_snr_weights_by_hand() -> None:
     assert Diffusion(alphas).min_snr_weight(timestep, 5.0).tolist() == pytest.approx([5 / 9, 1.0, 1.0])
     velocity = Diffusion(alphas, "v_prediction").min_snr_weight(timestep, 5.0)
     assert velocity.tolist() == pytest.approx([5 / 10, 4 / 5, 0.2])
-    with pytest.raises(SpinError, match=r"^expected train\.min_snr 0 for a flow model"):
-        Flow().min_snr_weight(timestep, 5.0)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_flow_is_told_the_timesteps_that_diffusers_trains_with(
+    monkeypatch: pytest.MonkeyPatch, dynamic: bool
+) -> None:
+    stock = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic)
+    process = process_of({"_class_name": type(stock).__name__, **stock.config})
+    for row in (0, 400, 998):
+        # train_dreambooth_sd3: timesteps[(u * 1000).long()] of the shifted, falling schedule
+        uniform = stock.timesteps.numel() - row
+        monkeypatch.setattr(torch, "rand", lambda *_, generator, u=uniform: torch.tensor([u / 1000]))  # noqa: ARG005
+        assert float(process.draw(torch.Generator())) == pytest.approx(float(stock.timesteps[row]), rel=1e-5)
+
+
+def test_noise_levels_that_are_no_timesteps() -> None:
+    with pytest.raises(
+        SpinError, match=r"^expected a model with the timesteps of DDPM .+, got EDMEulerScheduler .+; ch"
+    ):
+        process_of({"_class_name": "EDMEulerScheduler", "prediction_type": "epsilon"})

@@ -92,7 +92,9 @@ def test_measuring_leaves_training_as_it_was(world: Path, rank: int) -> None:
     gradient_snr(touched)
     assert touched.train_step() == untouched.train_step()
     for one, other in zip(
-        checkpoint.trained(touched.model.unet).values(), checkpoint.trained(untouched.model.unet).values(), strict=True
+        checkpoint.trained(touched.model.denoiser).values(),
+        checkpoint.trained(untouched.model.denoiser).values(),
+        strict=True,
     ):
         assert torch.equal(one, other)
 
@@ -105,7 +107,7 @@ def test_gradient_snr_is_the_ratio_of_its_definition(world: Path) -> None:
     rows = []
     for start in range(0, len(places), 4):
         player.objective(player.batch(places[start : start + 4])).loss.backward()
-        rows.append(torch.cat([p.grad.flatten() for p in player.model.unet.parameters()]).double())
+        rows.append(torch.cat([p.grad.flatten() for p in player.model.denoiser.parameters()]).double())
         player.optimizer.zero_grad()
     gradients = torch.stack(rows)
     noise = gradients.var(0, unbiased=True).sum() / len(rows)
@@ -170,7 +172,7 @@ def test_the_average_is_what_is_measured_and_exported(world: Path, tmp_path: Pat
     player = trainer(world, objective="sft", steps=[5], learning_rate=1e-2, ema_decay=0.9)
     player.run(lambda *_: None, lambda _: None, tmp_path)
     measured = errors_on_grid(player)
-    models.export(world / "base", copy.deepcopy(player.player_unet()), tmp_path / "player")
+    models.export(world / "base", copy.deepcopy(player.player_denoiser()), tmp_path / "player")
     again = trainer(world, objective="sft")
-    again.model.unet.load_state_dict(models.load(tmp_path / "player", CPU).unet.state_dict())
+    again.model.denoiser.load_state_dict(models.load(tmp_path / "player", CPU).denoiser.state_dict())
     torch.testing.assert_close(errors_on_grid(again).winner, measured.winner)

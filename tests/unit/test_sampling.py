@@ -1,11 +1,19 @@
 """Sampling against diffusers' own pipeline, and an image's independence of everything but its prompt and noise."""
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, PNDMScheduler, StableDiffusionPipeline
+from diffusers import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+)
 
 from spin import models
 from spin.config import GenerateConfig
@@ -23,8 +31,20 @@ that expect a difference)."""
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.base(tmp_path_factory.mktemp("sampling") / "base")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Give a function that returns a family's base model."""
+    folder = tmp_path_factory.mktemp("sampling")
+
+    def base(family: str) -> Path:
+        path = folder / family
+        return path if path.exists() else tiny.base(path, family)
+
+    return base
+
+
+@pytest.fixture(scope="module")
+def base(made: Callable[[str], Path]) -> Path:
+    return made("sd1")
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +52,8 @@ def model(base: Path) -> Model:
     return models.load(base, CPU)
 
 
-def noise(*names: object) -> torch.Tensor:
-    return torch.stack([noise_of(tiny.LATENTS, str(name)) for name in names])
+def noise(*names: object, family: str = "sd1") -> torch.Tensor:
+    return torch.stack([noise_of(tiny.latents_shape(family), str(name)) for name in names])
 
 
 def config(**options: object) -> GenerateConfig:
@@ -43,9 +63,12 @@ def config(**options: object) -> GenerateConfig:
 
 
 def stock(folder: Path, prompts: list[str], start: torch.Tensor, steps: int, guidance: float) -> torch.Tensor:
-    """Return the latents of StableDiffusionPipeline with DPM-Solver++ in place of the folder's scheduler."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder)
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    """Return the latents of the stock pipeline, a diffusion's with DPM-Solver++ in place of the folder's scheduler."""
+    absent = json.loads((folder / "model_index.json").read_text()).get("text_encoder_3") == [None, None]
+    third: dict[str, Any] = {"text_encoder_3": None, "tokenizer_3": None} if absent else {}
+    pipeline = DiffusionPipeline.from_pretrained(folder, **third)
+    if not hasattr(pipeline, "transformer"):
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         prompts, latents=start, num_inference_steps=steps, guidance_scale=guidance, height=tiny.RESOLUTION,
@@ -53,14 +76,55 @@ def stock(folder: Path, prompts: list[str], start: torch.Tensor, steps: int, gui
     ).images  # fmt: skip
 
 
-@pytest.mark.parametrize(("steps", "guidance"), [(20, 3.5), (3, 3.5), (3, 1.0), (1, 7.5)])
-def test_latents_are_those_of_the_stock_pipeline(base: Path, model: Model, steps: int, guidance: float) -> None:
-    start = noise(*PROMPTS)
-    ours = sample_latents(model, PROMPTS, start, config(num_inference_steps=steps, guidance_scale=guidance), "fp32")
-    theirs = stock(base, PROMPTS, start, steps, guidance)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+def equals_stock(folder: Path, family: str, steps: int, guidance: float) -> None:
+    start = noise(*PROMPTS, family=family)
+    ours = sample_latents(
+        models.load(folder, CPU), PROMPTS, start, config(num_inference_steps=steps, guidance_scale=guidance), "fp32"
+    )
+    torch.testing.assert_close(ours, stock(folder, PROMPTS, start, steps, guidance), rtol=0, atol=TOLERANCE)
     assert ours.dtype == torch.float32
     assert float((ours - start).abs().max()) > 1000 * TOLERANCE
+
+
+@pytest.mark.parametrize(("steps", "guidance"), [(20, 3.5), (3, 3.5), (3, 1.0), (1, 7.5)])
+def test_latents_are_those_of_the_stock_pipeline(base: Path, steps: int, guidance: float) -> None:
+    equals_stock(base, "sd1", steps, guidance)
+
+
+@pytest.mark.parametrize("guidance", [3.5, 1.0])
+@pytest.mark.parametrize("family", tiny.FAMILIES[1:])
+def test_latents_of_every_family_are_those_of_its_stock_pipeline(
+    made: Callable[[str], Path], family: str, guidance: float
+) -> None:
+    equals_stock(made(family), family, 6, guidance)
+
+
+def test_sdxl_may_compare_with_the_encoded_empty_prompt(made: Callable[[str], Path], tmp_path: Path) -> None:
+    equals_stock(tiny.base(tmp_path / "base", "sdxl", force_zeros_for_empty_prompt=False), "sdxl", 3, 3.5)
+    start = noise(*PROMPTS, family="sdxl")
+    one, other = (
+        sample_latents(models.load(folder, CPU), PROMPTS, start, config(), "fp32")
+        for folder in (tmp_path / "base", made("sdxl"))
+    )
+    assert float((one - other).abs().max()) > 100 * TOLERANCE
+
+
+def test_a_flow_may_be_shifted_by_resolution(made: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(made("sd3"), tmp_path / "base")
+    FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.7, max_shift=2.0).save_pretrained(
+        folder / "scheduler"
+    )
+    equals_stock(folder, "sd3", 4, 3.5)
+
+
+def test_a_flow_draws_no_noise_of_its_own(made: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(made("sd3"), tmp_path / "base")
+    FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True).save_pretrained(folder / "scheduler")
+    start = noise(*PROMPTS, family="sd3")
+    one, other = (
+        sample_latents(models.load(folder, CPU), PROMPTS, start, config(), "fp32") for folder in (folder, made("sd3"))
+    )
+    assert torch.equal(one, other)
 
 
 def test_a_folder_with_the_scheduler_of_sd15(base: Path, tmp_path: Path) -> None:
@@ -90,7 +154,7 @@ def test_steps_guidance_prompt_and_noise_all_matter(model: Model) -> None:
 
 def test_guidance_1_asks_the_denoiser_once_and_more_asks_it_twice(model: Model) -> None:
     shapes: list[int] = []
-    hook = model.unet.register_forward_pre_hook(lambda _, inputs: shapes.append(len(inputs[0])))
+    hook = model.denoiser.register_forward_pre_hook(lambda _, inputs: shapes.append(len(inputs[0])))
     try:
         sample_latents(model, PROMPTS, noise(*PROMPTS), config(guidance_scale=1), "fp32")
         sample_latents(model, PROMPTS, noise(*PROMPTS), config(guidance_scale=1.5), "fp32")
@@ -102,7 +166,7 @@ def test_guidance_1_asks_the_denoiser_once_and_more_asks_it_twice(model: Model) 
 
 def test_short_batches_are_padded_to_one_shape(model: Model) -> None:
     shapes: list[int] = []
-    hook = model.unet.register_forward_pre_hook(lambda _, inputs: shapes.append(len(inputs[0])))
+    hook = model.denoiser.register_forward_pre_hook(lambda _, inputs: shapes.append(len(inputs[0])))
     try:
         found = [sample_latents(model, PROMPTS[:n], noise(*PROMPTS[:n]), config(), "fp32") for n in (4, 3, 1)]
     finally:

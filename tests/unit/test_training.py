@@ -16,6 +16,7 @@ from spin.config import TrainConfig
 from spin.data.dataset import Dataset, Latents
 from spin.diffusion import add_noise, denoising_error
 from spin.errors import SpinError
+from spin.families import Conditioning
 from spin.presets import preset
 from spin.seeding import noise_of
 from spin.selection import Selection
@@ -68,7 +69,7 @@ def run(player: Trainer, work: Path, resume_from: Path | None = None, keep: Path
 
 
 def weights(player: Trainer) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in checkpoint.trained(player.model.unet).items()}
+    return {name: value.detach().clone() for name, value in checkpoint.trained(player.model.denoiser).items()}
 
 
 def places(*rows: int, epoch: int = 0) -> list[tuple[int, int]]:
@@ -126,14 +127,14 @@ def test_exact_spin_in_micro_batches_is_the_same_step(world: Path) -> None:
 
 def test_the_first_gradient_is_a_quarter_beta_of_winners_minus_losers(world: Path) -> None:
     player = trainer(world)
-    unet, batch = player.model.unet, player.batch(places(*range(8)))
+    denoiser, batch = player.model.denoiser, player.batch(places(*range(8)))
     player.objective(batch).loss.backward()
-    gradients = [parameter.grad.clone() for parameter in unet.parameters()]
+    gradients = [parameter.grad.clone() for parameter in denoiser.parameters()]
 
     def gradient(latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
         noisy = add_noise(latents, batch.noise, batch.timestep, player.process.alphas_cumprod)
-        predicted = unet(noisy, batch.timestep, encoder_hidden_states=batch.embeds).sample
-        return torch.autograd.grad(denoising_error(predicted, batch.noise).mean(), list(unet.parameters()))
+        predicted = denoiser(noisy, batch.timestep, encoder_hidden_states=batch.conditioning.text).sample
+        return torch.autograd.grad(denoising_error(predicted, batch.noise).mean(), list(denoiser.parameters()))
 
     assert batch.loser is not None
     scale = max(float(found.abs().max()) for found in gradients)
@@ -146,8 +147,8 @@ def test_the_first_step_is_adamws(world: Path) -> None:
     player = trainer(world, weight_decay=0.1, adam_epsilon=1e-12, max_grad_norm=1e9)
     before = weights(player)
     player.objective(player.batch(order(player.winners.ids, 0, 1, 0, 8))).loss.backward()
-    signs = {name: value.grad.sign() for name, value in checkpoint.trained(player.model.unet).items()}
-    large = {name: value.grad.abs() > 1e-3 for name, value in checkpoint.trained(player.model.unet).items()}
+    signs = {name: value.grad.sign() for name, value in checkpoint.trained(player.model.denoiser).items()}
+    large = {name: value.grad.abs() > 1e-3 for name, value in checkpoint.trained(player.model.denoiser).items()}
     player.optimizer.zero_grad()
     player.train_step()
     for name, after in weights(player).items():
@@ -199,7 +200,7 @@ def test_both_sides_of_a_pair_share_timestep_noise_and_prompt(world: Path) -> No
             seen["noisy"][side], add_noise(latents, batch.noise, batch.timestep, player.process.alphas_cumprod)
         )
         assert torch.equal(seen["timestep"][side], batch.timestep)
-        assert torch.equal(seen["embeds"][side], batch.embeds)
+        assert torch.equal(seen["embeds"][side], batch.conditioning.text)
     assert not torch.equal(batch.winner, batch.loser)
 
 
@@ -210,7 +211,7 @@ def test_a_batch_holds_the_pairs_own_latents_and_prompts(world: Path) -> None:
     assert torch.equal(batch.winner, tiny.random_latents(PAIRS, seed=2)[[3, 20]])
     assert batch.loser is not None
     assert torch.equal(batch.loser, tiny.random_latents(PAIRS, seed=3)[[3, 20]])
-    torch.testing.assert_close(batch.embeds, player.model.embed(["colour 3", "colour 20"]))
+    torch.testing.assert_close(batch.conditioning.text, player.model.embed(["colour 3", "colour 20"]).text)
     assert torch.equal(batch.noise[1], noise_of(tiny.LATENTS, "train", 0, 1, 0, "p020"))
 
 
@@ -230,7 +231,7 @@ def test_noise_and_timestep_belong_to_pair_epoch_iteration_and_seed(world: Path)
 
 def test_timesteps_are_uniform_over_the_schedule(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     player = trainer(world)
-    monkeypatch.setattr(player.model, "embed", lambda prompts: torch.zeros(len(prompts), 12, 16))
+    monkeypatch.setattr(player.model, "embed", lambda prompts: Conditioning(torch.zeros(len(prompts), 12, 16)))
     timestep = torch.cat([player.batch(places(*range(PAIRS), epoch=epoch)).timestep for epoch in range(40)]).float()
     # 960 draws of 0..999: mean 499.5 +- 9.3; bounds of 4 standard errors
     assert abs(float(timestep.mean()) - 499.5) < 37
@@ -242,7 +243,9 @@ def test_prompt_dropout_gives_that_share_the_empty_prompt(world: Path, monkeypat
     def prompts_of(player: Trainer) -> tuple[list[str], torch.Tensor]:
         seen: list[str] = []
         monkeypatch.setattr(
-            player.model, "embed", lambda prompts: seen.extend(prompts) or torch.zeros(len(prompts), 12, 16)
+            player.model,
+            "embed",
+            lambda prompts: seen.extend(prompts) or Conditioning(torch.zeros(len(prompts), 12, 16)),
         )
         timesteps = [player.batch(places(*range(PAIRS), epoch=epoch)).timestep for epoch in range(20)]
         return seen, torch.cat(timesteps)
@@ -331,7 +334,7 @@ def test_the_gradient_is_clipped(world: Path) -> None:
     step = player.optimizer.optimizer.step
 
     def spy(*args: object, **options: object) -> object:
-        gradients = [p.grad for p in checkpoint.trained(player.model.unet).values()]
+        gradients = [p.grad for p in checkpoint.trained(player.model.denoiser).values()]
         clipped.append(float(torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients]))))
         return step(*args, **options)
 
@@ -343,7 +346,7 @@ def test_the_gradient_is_clipped(world: Path) -> None:
 
 def test_gradient_checkpointing_changes_memory_alone(world: Path) -> None:
     plain, sparing = trainer(world), trainer(world, gradient_checkpointing=True)
-    assert sparing.model.unet.is_gradient_checkpointing
+    assert sparing.model.denoiser.is_gradient_checkpointing
     assert sparing.train_step() == pytest.approx(plain.train_step(), rel=1e-5)
 
 
@@ -406,9 +409,9 @@ def test_the_player_may_be_the_average_of_its_weights(world: Path, tmp_path: Pat
     run(resumed, tmp_path / "again", resume_from=tmp_path / "kept" / "checkpoint-000002")
     for one, other in zip(resumed.average.shadow_params, player.average.shadow_params, strict=True):
         assert torch.equal(one, other)
-    averaged, last = player.player_unet().state_dict(), trainer(world, **options)
+    averaged, last = player.player_denoiser().state_dict(), trainer(world, **options)
     run(last, tmp_path)
-    assert any(not torch.equal(value, averaged[name]) for name, value in last.player_unet().state_dict().items())
+    assert any(not torch.equal(value, averaged[name]) for name, value in last.player_denoiser().state_dict().items())
 
 
 @BOTH
@@ -464,11 +467,13 @@ def test_steps_are_reported_from_1_and_the_last_needs_no_checkpoint(world: Path,
 
 def test_the_reference_never_moves(world: Path, tmp_path: Path) -> None:
     player = trainer(world)
-    opponent = copy.deepcopy(player.model.unet).state_dict()
+    opponent = copy.deepcopy(player.model.denoiser).state_dict()
     run(player, tmp_path)
     assert all(torch.equal(value, opponent[name]) for name, value in player.reference.state_dict().items())
     assert not any(parameter.requires_grad for parameter in player.reference.parameters())
-    moved = [name for name, value in player.model.unet.state_dict().items() if not torch.equal(value, opponent[name])]
+    moved = [
+        name for name, value in player.model.denoiser.state_dict().items() if not torch.equal(value, opponent[name])
+    ]
     assert len(moved) == len(opponent)
 
 
@@ -477,13 +482,13 @@ def test_lora_keeps_its_opponent_in_the_frozen_weights(world: Path, tmp_path: Pa
     player = trainer(world, lora_rank=4)
     batch = player.batch(places(*range(8)))
     run(player, tmp_path)
-    trained, frozen = checkpoint.trained(player.model.unet), opponent.unet.state_dict()
+    trained, frozen = checkpoint.trained(player.model.denoiser), opponent.denoiser.state_dict()
     # query, key, value and output of the self- and the cross-attention of the 4 transformer blocks, A and B of each
     assert len(trained) == 4 * 2 * 4 * 2
     assert all(".lora_" in name for name in trained)
     kept = {
         name.replace(".base_layer", ""): value
-        for name, value in player.model.unet.state_dict().items()
+        for name, value in player.model.denoiser.state_dict().items()
         if ".lora_" not in name
     }
     assert kept.keys() == frozen.keys()
@@ -491,7 +496,7 @@ def test_lora_keeps_its_opponent_in_the_frozen_weights(world: Path, tmp_path: Pa
 
     # With the adapters off it predicts what the opponent predicts; with them on, something else.
     with torch.no_grad():
-        wanted = player.errors(opponent.unet, batch)
+        wanted = player.errors(opponent.denoiser, batch)
         moved = player.errors(player.player, batch)
     for reference, opposed, now in zip(player.reference_errors(batch), wanted, moved, strict=True):
         assert opposed is not None
@@ -499,7 +504,7 @@ def test_lora_keeps_its_opponent_in_the_frozen_weights(world: Path, tmp_path: Pa
         assert torch.equal(reference, opposed)
         assert not torch.allclose(now, opposed, rtol=1e-4)
     # And they are on again, and trained, after the reference had its turn.
-    assert checkpoint.trained(player.model.unet).keys() == trained.keys()
+    assert checkpoint.trained(player.model.denoiser).keys() == trained.keys()
     with torch.no_grad():
         assert torch.equal(player.errors(player.player, batch)[0], moved[0])
 
@@ -509,21 +514,134 @@ def test_merged_adapters_predict_what_they_did_apart(world: Path, tmp_path: Path
     player = trainer(world, lora_rank=4, learning_rate=1e-2)
     run(player, tmp_path)
     latents, timestep = tiny.random_latents(2, seed=7), torch.tensor([20, 700])
-    embeds = opponent.embed(["cat", ""])
+    prompts = opponent.embed(["cat", ""])
 
-    def predict(unet: Any) -> torch.Tensor:
+    def predict(denoiser: Any) -> torch.Tensor:
         with torch.no_grad():
-            return unet(latents, timestep, encoder_hidden_states=embeds).sample
+            return opponent.predict(denoiser, latents, timestep, prompts)
 
-    apart = predict(player.model.unet)
-    merged = player.player_unet()
-    assert merged.state_dict().keys() == opponent.unet.state_dict().keys()
+    apart = predict(player.model.denoiser)
+    merged = player.player_denoiser()
+    assert merged.state_dict().keys() == opponent.denoiser.state_dict().keys()
     assert not any("lora" in name for name in merged.state_dict())
     torch.testing.assert_close(predict(merged), apart, rtol=0, atol=1e-5)
-    assert float((apart - predict(opponent.unet)).abs().max()) > 1e-3
+    assert float((apart - predict(opponent.denoiser)).abs().max()) > 1e-3
 
     models.export(world / "base", merged, tmp_path / "player")
-    torch.testing.assert_close(predict(models.load(tmp_path / "player", CPU).unet), apart, rtol=0, atol=1e-5)
+    torch.testing.assert_close(predict(models.load(tmp_path / "player", CPU).denoiser), apart, rtol=0, atol=1e-5)
+
+
+# --- every family
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Give a function that returns the folder of a family's base model, a data set of 8 pairs and its losers."""
+    root = tmp_path_factory.mktemp("families")
+
+    def world(family: str) -> Path:
+        folder = root / family
+        if not folder.exists():
+            tiny.base(folder / "base", family)
+            tiny.dataset(folder / "data", 8, family=family)
+            tiny.losers(folder / "losers.safetensors", Dataset(folder / "data").ids, family)
+        return folder
+
+    return world
+
+
+@BOTH
+@pytest.mark.parametrize("family", tiny.FAMILIES[1:])
+def test_every_family_learns_resumes_and_is_merged(
+    worlds: Callable[[str], Path], tmp_path: Path, family: str, rank: int
+) -> None:
+    options = {"lora_rank": rank, "steps": [3], "checkpoint_every": 1, "prompt_dropout": 0.3, "ema_decay": 0.5}
+    world = worlds(family)
+    player, opponent = trainer(world, **options), models.load(world / "base", CPU)
+    batch = player.batch(places(*range(8)))
+    player.objective(batch).loss.backward()
+    # Several processes wait for every gradient.
+    assert [name for name, value in checkpoint.trained(player.model.denoiser).items() if value.grad is None] == []
+    player.optimizer.zero_grad()
+    history = run(player, tmp_path, keep=tmp_path / "kept")
+    assert history[0]["loss"] == LN2
+    assert abs(history[1]["loss"] - LN2) > 1e-4
+    with torch.no_grad():
+        for reference, wanted in zip(
+            player.reference_errors(batch), player.errors(opponent.denoiser, batch), strict=True
+        ):
+            assert torch.equal(reference, wanted)
+    resumed = trainer(world, **options)
+    assert run(resumed, tmp_path / "again", resume_from=tmp_path / "kept" / "checkpoint-000002") == history
+    with torch.no_grad():
+        player.average.copy_to(checkpoint.trained(player.model.denoiser).values())
+        apart = player.errors(player.player, batch)[0]
+        denoiser = player.player_denoiser()
+        models.export(world / "base", denoiser, tmp_path / "player")
+        merged = models.load(tmp_path / "player", CPU).denoiser
+        assert denoiser.state_dict().keys() == merged.state_dict().keys() == opponent.denoiser.state_dict().keys()
+        torch.testing.assert_close(player.errors(merged, batch)[0], apart, rtol=0, atol=1e-5)
+        assert not torch.allclose(player.errors(opponent.denoiser, batch)[0], apart, rtol=1e-4)
+
+
+def test_lora_reaches_both_sides_of_joint_attention(worlds: Callable[[str], Path]) -> None:
+    trained = checkpoint.trained(trainer(worlds("sd3"), lora_rank=2).model.denoiser)
+    adapted = {name.partition(".lora_")[0].removeprefix("transformer_blocks.") for name in trained}
+    image = {"attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"}
+    text = {"attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"}
+    # The last block gives nothing back to the text.
+    assert adapted == {f"0.{name}" for name in image | text | {"attn.to_add_out"}} | {f"1.{n}" for n in image | text}
+
+
+def test_a_flow_is_told_its_noise_level(worlds: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    player, seen = trainer(worlds("sd3")), {}
+    batch = player.batch(places(0, 1))
+    monkeypatch.setattr(
+        player.model,
+        "predict",
+        lambda _, noisy, timestep, __: seen.update(noisy=noisy, timestep=timestep) or torch.zeros_like(noisy),
+    )
+    winner, loser = player.errors(player.player, batch)
+    assert batch.loser is not None
+    assert torch.equal(seen["timestep"], batch.timestep.repeat(2))
+    sigma = (batch.timestep / 1000).view(-1, 1, 1, 1)
+    torch.testing.assert_close(seen["noisy"][:2], (1 - sigma) * batch.winner + sigma * batch.noise)
+    # It is to predict noise - image.
+    torch.testing.assert_close(winner, (batch.noise - batch.winner).pow(2).mean((1, 2, 3)))
+    torch.testing.assert_close(loser, (batch.noise - batch.loser).pow(2).mean((1, 2, 3)))
+
+
+def test_dropped_prompts_of_sdxl_are_what_guidance_compares_with(worlds: Callable[[str], Path]) -> None:
+    batch = trainer(worlds("sdxl"), prompt_dropout=0.9).batch(places(*range(8)))
+    dropped = ~batch.conditioning.text.flatten(1).any(1)
+    assert 0 < int(dropped.sum()) < 8
+    assert batch.conditioning.pooled is not None
+    assert torch.equal(~batch.conditioning.pooled.any(1), dropped)
+
+
+def test_exact_spin_plays_sdxl(worlds: Callable[[str], Path]) -> None:
+    player = trainer(worlds("sdxl"), objective="exact-spin", trajectory_steps=2)
+    assert player.train_step()["loss"] == LN2
+    assert player.train_step()["loss"] != LN2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"objective": "exact-spin"},
+            "expected a diffusion model for exact-spin, got a flow model; use train.objective spin",
+        ),
+        (
+            {"min_snr": 5.0},
+            "expected train.min_snr 0 for a flow model, got 5; it weighs diffusion models alone",
+        ),
+    ],
+)
+def test_what_a_flow_model_cannot_be_asked_for(
+    worlds: Callable[[str], Path], options: dict[str, Any], message: str
+) -> None:
+    assert refusal(worlds("sd3"), **options) == message
 
 
 # --- supervised fine-tuning
@@ -536,11 +654,11 @@ def test_sft_needs_no_losers(world: Path, tmp_path: Path, rank: int) -> None:
     assert batch.loser is None
     with torch.no_grad():
         noisy = add_noise(batch.winner, batch.noise, batch.timestep, player.process.alphas_cumprod)
-        predicted = player.model.unet(noisy, batch.timestep, encoder_hidden_states=batch.embeds).sample
+        predicted = player.model.denoiser(noisy, batch.timestep, encoder_hidden_states=batch.conditioning.text).sample
     history = run(player, tmp_path)
     assert history[0]["loss"] == pytest.approx(float((predicted - batch.noise).pow(2).mean()), rel=1e-5)
     assert history[0].keys() == {"step", "loss", "error_winner", "grad_norm", "learning_rate"}
-    assert player.reference is player.model.unet
+    assert player.reference is player.model.denoiser
 
 
 # --- when it stops
@@ -558,7 +676,8 @@ def test_what_is_not_finite_stops_the_run(world: Path, name: str, value: float) 
     with pytest.raises(Diverged) as caught:
         player.watch(measures() | {name: value})
     assert str(caught.value) == (
-        f"expected finite measures, got {name} {value} at step 2 of iteration 1; lower train.learning_rate"
+        f"expected finite measures, got {name} {value} at step 2 of iteration 1; lower train.learning_rate, "
+        "under a new run key"
     )
 
 

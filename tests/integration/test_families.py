@@ -1,0 +1,71 @@
+"""Families beside SD-1.x, played on the command line: prepare, generate, train, score; the stock pipeline draws."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from spin import models
+from spin.__main__ import main
+from tests import tiny
+from tests.integration.world import World
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def spin(world: World, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Give a function that runs one command to its good end."""
+
+    def call(command: str, *arguments: str) -> None:
+        place = (f"--store-uri={world.store_uri}", f"--store-endpoint={world.servers.s3_endpoint}", "--tracking-uri=")
+        monkeypatch.setattr(sys, "argv", ["spin", command, *place, *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("family", "pipeline", "training"),
+    [
+        ("sdxl", "StableDiffusionXLPipeline", {"lora_rank": 2}),
+        ("sd3-t5", "StableDiffusion3Pipeline", {"ema_decay": 0.5}),
+    ],
+)
+def test_a_family_is_played_on_the_command_line(
+    world: World, tmp_path: Path, spin: Callable[..., None], family: str, pipeline: str, training: dict[str, object]
+) -> None:
+    base, key = tiny.base(tmp_path / "base", family), f"--run-key={family}"
+    options = tiny.overrides(world.judge, steps=[2], learning_rate=1e-3, warmup_steps=0, **training)
+    spin(
+        "prepare", key, f"--base-model={base}", f"--data-source={world.images}", f"--overrides={json.dumps(options)}",
+        "--iterations=2",
+    )  # fmt: skip
+    for iteration in (1, 2):
+        spin("generate", key, f"--iteration={iteration}")
+        spin("train", key, f"--iteration={iteration}")
+    spin("score", key, "--iteration=0")
+    spin("score", key, "--iteration=1")
+
+    run = world.run(family)
+    assert run.need("prepare", "test").facts["latents_shape"] == list(tiny.latents_shape(family))
+    trained = [run.need(f"iteration-00{k}/train", "test") for k in (1, 2)]
+    assert trained[1].inputs["opponent"] == trained[0].outputs["model"].digest
+    assert [index.facts["first_loss"] for index in trained] == pytest.approx([0.6931472] * 2, abs=1e-6)
+
+    folder = world.store().get(trained[1].outputs["model"])
+    stock = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    assert type(stock).__name__ == pipeline
+    ours = models.load(folder, torch.device("cpu"))
+    theirs, before = getattr(stock, ours.family.denoiser), models.load(base, torch.device("cpu")).denoiser
+    assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.denoiser.state_dict().items())
+    assert not all(torch.equal(value, theirs.state_dict()[name]) for name, value in before.state_dict().items())
+    stock.set_progress_bar_config(disable=True)
+    drawn = stock("colour 1", height=32, width=32, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+    assert drawn.images[0].size == (32, 32)
