@@ -98,7 +98,19 @@ def check_parameters(package: Path, params: Mapping[str, Any]) -> None:
             raise SpinError(f"expected {name} of at least {least}, got {full[name]}; raise it")
     from spin.presets import resolve
 
-    resolve(full["preset"], full["base_model"], full["data_source"], full["overrides"])
+    config = resolve(full["preset"], full["base_model"], full["data_source"], full["overrides"])
+    if "arms" in known:
+        from spin.comparison import ARMS, arms_of
+
+        # The number of pairs is known only when they are prepared; any number shows what is wrong with an arm.
+        arms_of(
+            full["run_key"],
+            config,
+            full["arms"] or ARMS,
+            int(full["iterations"]),
+            int(full["seeds"]),
+            config.train.batch_size,
+        )
 
 
 def read_parameters(path: Path) -> dict[str, Any]:

@@ -80,7 +80,8 @@ def self_play(
     numbers = place_on_cpu(plan(count=iterations, first=1), cpu="100m", memory="256Mi")
     numbers.set_display_name("Plan iterations")
     with dsl.ParallelFor(numbers.output, parallelism=1, name="iterations") as iteration:
-        asked = place_on_cpu(continue_play(iteration=iteration, **where), cpu="500m", memory="1Gi")
+        asked = continue_play(iteration=iteration, run_key=run_key, store_uri=store_uri, store_endpoint=store_endpoint)
+        place_on_cpu(asked, cpu="500m", memory="1Gi")
         with_store(with_retries(asked), store_secret).set_display_name("Continue play")
         with dsl.If(asked.output == True, name="worth playing"):  # noqa: E712
             # A pipeline of its own again: the compiler lets a pod's settings of the inner score-metrics overwrite

@@ -1,8 +1,8 @@
 """Rivals on equal terms: one data set, one base, equal budgets; the tables that tell them apart.
 
 A comparison is a prepared run whose base has been scored, and one run per arm and training seed that begins from the
-same data set, base and base scores. Where an arm's own steps are not given, a rival of self-play gets as many as cost
-what the first self-play arm does (``spin.budget``).
+same data set, base and base scores. A rival of self-play without steps of its own gets as many as cost what the dearest
+self-play arm does when it plays all its iterations (``spin.budget``); where the rate decays, it decays over them.
 """
 
 import re
@@ -31,7 +31,8 @@ ARMS: dict[str, dict[str, Any]] = {
 """Overrides of ``train`` by the arm's name."""
 SELF_PLAY = ("spin", "exact-spin")
 RESAMPLES = 5000
-NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,30}")
+NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,18}")
+"""With the key of a new run, the seed and two dashes this is within a run key's 63 signs."""
 
 
 @dataclass(frozen=True)
@@ -67,22 +68,30 @@ def arms_of(
     """
     if not arms or seeds < 1:
         raise SpinError(f"expected at least one arm and one seed, got {len(arms)} and {seeds}; set arms and seeds")
-    if wrong := [name for name in arms if not NAME.fullmatch(name)]:
+    if wrong := [name for name in arms if not NAME.fullmatch(name) or name == "base"]:
         raise SpinError(
-            f"expected arms named by small letters, digits, '-' and '.' (at most 31), got {wrong[0]!r}; rename it"
+            "expected arms named by small letters, digits, '-' and '.' (at most 19, not 'base'), got "
+            f"{wrong[0]!r}; rename it"
         )
+    # Mappings come out of KFP in an order that differs from run to run.
+    arms = dict(sorted(arms.items()))
     configs = {name: override(shared, {"train": dict(train)}) for name, train in arms.items()}
     budgets = [passes(c, pairs, iterations) for c in configs.values() if c.train.objective in SELF_PLAY]
     for name, config in configs.items():
         if config.train.objective not in SELF_PLAY and budgets and "steps" not in arms[name]:
-            steps = steps_for(config, pairs, budgets[0])
-            configs[name] = override(config, {"train": {"steps": [steps], "decay_steps": None}})
+            steps = steps_for(config, pairs, max(budgets))
+            train: dict[str, Any] = {"steps": [steps]}
+            if config.train.decay_steps and "decay_steps" not in arms[name]:
+                train["decay_steps"] = steps
+            configs[name] = override(config, {"train": train})
     return [
         Arm(
             name,
             seed,
             f"{key}-{name}-{seed}",
-            override(config, {"train": {"seed": seed}, "generate": {"seed": seed}}),
+            override(
+                config, {"train": {"seed": shared.train.seed + seed}, "generate": {"seed": shared.generate.seed + seed}}
+            ),
             iterations if config.train.objective in SELF_PLAY else 1,
         )
         for seed in range(seeds)
@@ -114,17 +123,25 @@ def begin(run: Run, arms: Sequence[Arm]) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the tables: what it is called, the arm's runs at all seeds, and the iteration."""
+    """A row of the tables.
+
+    Attributes:
+        title: what it is called.
+        scores: the score stage of every seed; of its last iteration, where play has ended before this one.
+        stages: all stages of this iteration, of the seeds that played it.
+        ended: seeds whose play had ended before.
+    """
 
     title: str
     arm: str
     iteration: int
     scores: list[Index]
     stages: list[Index]
+    ended: int = 0
 
 
 def rows_of(run: Run, arms: Sequence[Arm], shards: int) -> list[Row]:
-    """Return the base's row and one per arm and iteration that every seed has played; losers come in ``shards``.
+    """Return the base's row and one per arm and iteration that some seed has played; losers come in ``shards``.
 
     Raises:
         SpinError: an arm is incomplete.
@@ -134,12 +151,18 @@ def rows_of(run: Run, arms: Sequence[Arm], shards: int) -> list[Row]:
         same = [arm for arm in arms if arm.name == name]
         runs = [Run(run.store, arm.run_key) for arm in same]
         trained = [played(own, arm.iterations, "the comparison") for own, arm in zip(runs, same, strict=True)]
-        for k in range(1, min(len(stages) for stages in trained) + 1):
+        lasts = [len(stages) for stages in trained]
+        for k in range(1, max(lasts) + 1):
             names = [shard_stage(k, shard, shards) for shard in range(shards)]
             names += [iteration_stage(k, "train"), iteration_stage(k, "score")]
-            stages = [own.need(stage, "the comparison") for own in runs for stage in names]
-            scores = [stage for stage in stages if stage.stage == names[-1]]
-            rows.append(Row(f"{name} {k}" if same[0].iterations > 1 else name, name, k, scores, stages))
+            playing = [own for own, last in zip(runs, lasts, strict=True) if k <= last]
+            stages = [own.need(stage, "the comparison") for own in playing for stage in names]
+            scores = [
+                own.need(iteration_stage(min(k, last), "score"), "the comparison")
+                for own, last in zip(runs, lasts, strict=True)
+            ]
+            title = f"{name} {k}" if same[0].iterations > 1 else name
+            rows.append(Row(title, name, k, scores, stages, len(runs) - len(playing)))
     return rows
 
 
@@ -170,7 +193,7 @@ def compare(run: Run, rows: Sequence[Row], split: Split, against: str = "sft") -
     rival = next((row for row in reversed(rows) if row.arm == against), None)
     table = []
     for row in rows:
-        line: dict[str, Any] = {"title": row.title, "arm": row.arm, "iteration": row.iteration}
+        line: dict[str, Any] = {"title": row.title, "arm": row.arm, "iteration": row.iteration, "ended": row.ended}
         for name in names:
             line[name] = bootstrap_seeds(means(cells(row, name)), RESAMPLES).as_dict()
         ours = cells(row, PRIMARY)
@@ -189,16 +212,17 @@ def compare(run: Run, rows: Sequence[Row], split: Split, against: str = "sft") -
 
 
 def costs(rows: Sequence[Row], accelerators: int) -> list[dict[str, Any]]:
-    """Return per row and phase: seconds, items (images or pairs) and accelerator-hours, means over seeds."""
+    """Return per row and phase: seconds, items (images or pairs), accelerator-hours; means over seeds that played."""
     table = []
     for row in rows[1:]:
         line: dict[str, Any] = {"title": row.title}
         for phase in ("generate", "train", "score"):
             found = [stage for stage in row.stages if stage.stage.split("/")[1].startswith(phase)]
-            seconds = sum(stage.seconds for stage in found) / len(row.scores)
+            played = len(row.scores) - row.ended
+            seconds = sum(stage.seconds for stage in found) / played
             line[phase] = {
                 "seconds": round(seconds, 1),
-                "items": round(sum(stage.items for stage in found) / len(row.scores)),
+                "items": round(sum(stage.items for stage in found) / played),
                 "accelerator_hours": round(seconds * max(1, accelerators) / 3600, 4),
             }
         table.append(line)

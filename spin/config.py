@@ -81,8 +81,8 @@ class TrainConfig(_Config):
     learning_rate: PositiveFloat = 2e-5
     warmup_steps: Annotated[int, Field(ge=0)] = 200
     """Linear warm-up. The paper's 200 exceed its first iteration, which never reaches the peak."""
-    decay_steps: Positive | None = 500
-    """Linear decay from the peak to 0 at this step (the paper's schedule); ``None``: constant."""
+    decay_steps: Annotated[int, Field(ge=0)] = 500
+    """Linear decay from the peak to 0 at this step (the paper's schedule); 0: constant."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     adam_epsilon: PositiveFloat = 1e-8
@@ -161,10 +161,10 @@ class TrainConfig(_Config):
 
     @model_validator(mode="after")
     def _rate_above_zero(self) -> Self:
-        if self.decay_steps is not None and max(self.steps) > self.decay_steps:
+        if self.decay_steps and max(self.steps) > self.decay_steps:
             raise ValueError(
                 f"expected decay_steps of at least the longest iteration's steps ({max(self.steps)}), got "
-                f"{self.decay_steps}; later steps would train at rate 0: raise it, or set null for a constant rate"
+                f"{self.decay_steps}; later steps would train at rate 0: raise it, or set 0 for a constant rate"
             )
         return self
 

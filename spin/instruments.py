@@ -5,6 +5,7 @@ That error is measured on a fixed grid: always the same held-out images, timeste
 differ by their weights alone. Shapes: N images, T timesteps, B pairs in one pass, C H W latents.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,15 +14,16 @@ import torch
 from spin import checkpoint
 from spin.seeding import noise_of
 from spin.stats import bootstrap
-from spin.training import Batch, Trainer, order
+from spin.training import Batch, Diverged, Trainer, order
 
 Verdict = Literal["improved", "converged", "diverged"]
 
 GRID = 8
 """Timesteps of the grid: the middles of as many equal parts of the range that training draws from."""
-MOST_IMAGES = 256
+FEWEST_IMAGES = 4
+"""With fewer held-out images an interval says nothing, and there is no verdict."""
 GRADIENTS = 8
-"""Micro-batches per process behind the gradient's signal-to-noise ratio."""
+"""Micro-batches behind the gradient's signal-to-noise ratio, over all processes (at least one each)."""
 RESAMPLES = 2000
 HARM = 0.01
 """The held-out error may rise by this share before an iteration counts as diverged."""
@@ -38,10 +40,14 @@ class GridErrors:
 
 @torch.no_grad()
 def errors_on_grid(trainer: Trainer) -> GridErrors:
-    """Return the player's errors on the held-out pairs; several processes share the images."""
+    """Return the player's errors on the held-out pairs; several processes share the images.
+
+    Raises:
+        Diverged: an error is no finite number.
+    """
     accelerator, data, losers = trainer.accelerator, trainer.winners, trainer.losers
     device, size = trainer.model.device, trainer.config.micro_batch_size
-    rows = data.validation[:MOST_IMAGES]
+    rows = data.validation
     paired = losers is not None and all(row.id in losers for row in rows)
     middles = (torch.arange(GRID) + 0.5) / GRID
     timesteps = trainer.process.at(middles.to(device))
@@ -63,11 +69,15 @@ def errors_on_grid(trainer: Trainer) -> GridErrors:
                 if error is not None:
                     errors[side, places, column] = error
     errors = accelerator.reduce(errors, "sum").cpu()
+    if not errors.isfinite().all():
+        raise Diverged("expected finite errors on held-out images, got none; lower train.learning_rate")
     return GridErrors(tuple(float(t) for t in timesteps), errors[0], errors[1] if paired else None)
 
 
-def gradient_snr(trainer: Trainer) -> float:
+def gradient_snr(trainer: Trainer) -> float | None:
     """Return |mean g|^2 / (tr Cov(g) / n) over n micro-batches at the opponent's weights: about 1 is noise alone.
+
+    ``None`` where the micro-batches do not differ.
 
     To be asked before the first step, when the player is its opponent. The buffer for the mean is as large as one of
     the optimizer's moments, which do not exist yet.
@@ -75,8 +85,8 @@ def gradient_snr(trainer: Trainer) -> float:
     accelerator, size = trainer.accelerator, trainer.config.micro_batch_size
     parameters = list(checkpoint.trained(accelerator.unwrap_model(trainer.player)).values())
     total = [torch.zeros_like(parameter) for parameter in parameters]
-    squares = torch.zeros((), device=trainer.model.device, dtype=torch.float64)
-    n = GRADIENTS * accelerator.num_processes
+    squares = torch.zeros((), device=trainer.model.device)
+    n = math.ceil(GRADIENTS / accelerator.num_processes) * accelerator.num_processes
     places = order(trainer.winners.ids, trainer.config.seed, trainer.iteration, 0, n * size)
     mine = places[accelerator.process_index :: accelerator.num_processes]
     for start in range(0, len(mine), size):
@@ -84,12 +94,12 @@ def gradient_snr(trainer: Trainer) -> float:
         for parameter, running in zip(parameters, total, strict=True):
             if parameter.grad is not None:
                 running += parameter.grad
-                squares += parameter.grad.double().square().sum()
+                squares += parameter.grad.square().sum()
         trainer.optimizer.zero_grad(set_to_none=True)
     squares = accelerator.reduce(squares, "sum")
-    mean_square = sum(float((accelerator.reduce(part, "sum") / n).double().square().sum()) for part in total)
+    mean_square = sum(float((accelerator.reduce(part, "sum") / n).square().sum()) for part in total)
     variance = (float(squares) - n * mean_square) / (n - 1)
-    return mean_square / (variance / n) if variance > 0 else float("inf")
+    return mean_square / (variance / n) if variance > 0 else None
 
 
 def measure(opponent: GridErrors, player: GridErrors) -> dict[str, Any]:
@@ -116,8 +126,8 @@ def verdict(measures: dict[str, Any]) -> tuple[Verdict, str]:
     """Return the verdict on an iteration and its reason, one line.
 
     - ``diverged``: the held-out real images' error rose, surely, by more than ``HARM``.
-    - ``improved``: it fell, surely; or the player tells unseen real images from its opponent's better than by chance
-      and their error did not rise by more than that.
+    - ``improved``: it fell, surely; or the player surely tells unseen real images from its opponent's better than by
+      chance, and their error did not surely rise by that much. Also with fewer than ``FEWEST_IMAGES``: play goes on.
     - ``converged``: neither; a next iteration would play against the same opponent.
 
     "Surely" means that the 95 % interval lies on that side. The accuracy alone is no proof: it nears 1 in runs that
@@ -127,6 +137,8 @@ def verdict(measures: dict[str, Any]) -> tuple[Verdict, str]:
     told = f"error on {measures['images']} held-out real images {_percent(change, signed=True)}"
     if accuracy:
         told += f", told from the opponent's {_percent(accuracy)}"
+    if measures["images"] < FEWEST_IMAGES:
+        return "improved", f"{told}: too few images to tell, raise data.held_out_share"
     if change["low"] > HARM:
         return "diverged", told
     if change["high"] < 0 or (accuracy and accuracy["low"] > 0.5):

@@ -20,7 +20,7 @@ def emoji_cpu() -> RunConfig:
             micro_batch_size=32,
             learning_rate=2e-5,
             warmup_steps=5,
-            decay_steps=None,
+            decay_steps=0,
             checkpoint_every=20,
         ),
         score=ScoreConfig(

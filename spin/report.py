@@ -106,6 +106,9 @@ def comparison(run_key: str, base: Index, compared: Index) -> str:
         f"{base.facts['prompts'][split]} {split} prompts, {base.facts['images_per_prompt']} image(s) each, "
         f"{facts['seeds']} training seed(s); 95 % bootstrap intervals over seeds and prompts; ties count half"
     )
+    for line in lines:
+        if line["ended"]:
+            note += f"; {line['title']}: play had ended before with {line['ended']} seed(s), whose last scores count"
     return "\n".join([f"# Comparison {run_key}", "", *_grid(head, body), "", note, "", *_grid(costs, spent), ""])
 
 

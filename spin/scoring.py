@@ -126,7 +126,7 @@ def validation_score(
     def score() -> float:
         images = draw(model, config, mine, data.latents_shape, iteration)
         prompts = [row.prompt for row in mine for _ in range(config.score.images_per_prompt)]
-        total = scorer.score(images, prompts).double().sum() if mine else torch.zeros((), dtype=torch.float64)
+        total = scorer.score(images, prompts).sum() if mine else torch.zeros(())
         whole = accelerator.reduce(total.to(model.device), "sum")
         return float(whole) / (len(rows) * config.score.images_per_prompt)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from spin.errors import SpinError
+
 
 class Selection:
     """Asks for a score now and then, remembers the best player, and tells when patience has run out.
@@ -28,8 +30,14 @@ class Selection:
         return step % self.every == 0 or step == last
 
     def consider(self, step: int, weights: Mapping[str, torch.Tensor]) -> float:
-        """Score the player and keep a copy of ``weights``, in main memory, if it is the best; return the score."""
+        """Score the player and keep a copy of ``weights``, in main memory, if it is the best; return the score.
+
+        Raises:
+            SpinError: the score is no finite number.
+        """
         score = self.score()
+        if not math.isfinite(score):
+            raise SpinError(f"expected a finite score of the player at step {step}, got {score}; check the judge")
         if score > self.best_score:
             self.best_score, self.best_step, self.stale = score, step, 0
             self._weights = {name: value.detach().cpu().clone() for name, value in weights.items()}

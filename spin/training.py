@@ -81,7 +81,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     """Return the rate of 0-based ``step``: linear warm-up, then constant or linear decay to 0 at ``decay_steps``."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.decay_steps is None:
+    if not config.decay_steps:
         return config.learning_rate
     left = (config.decay_steps - step) / max(1, config.decay_steps - config.warmup_steps)
     return config.learning_rate * min(1.0, max(0.0, left))
@@ -382,7 +382,8 @@ class Trainer:
 
         Args:
             on_step: called with the 1-based step and its measures.
-            on_checkpoint: called with a checkpoint folder every ``checkpoint_every`` steps, while the run is healthy.
+            on_checkpoint: called with a checkpoint folder every ``checkpoint_every`` steps and after the last, while
+                the run is healthy.
             work: scratch folder for checkpoints.
             resume_from: a checkpoint folder to go on from.
             stop: asked before every micro-batch (by several processes: before every step).
@@ -409,18 +410,24 @@ class Trainer:
                 if self.step > kept:
                     self._checkpoint(work, on_checkpoint, selection)
                 raise
-            self.watch(measures)
+            try:
+                self.watch(measures)
+            except Diverged:
+                if selection and selection.best_step:
+                    break  # The best player was well.
+                raise
             if selection and selection.due(self.step, self.steps):
                 with self.as_average():
                     measures["validation_score"] = selection.consider(self.step, self._weights())
             self.history.append({"step": self.step, **measures, "seconds": before + time.monotonic() - started})
             on_step(self.step, measures)
-            if self.step % self.config.checkpoint_every == 0 and self.step < self.steps:
+            if self.step % self.config.checkpoint_every == 0:
                 self._checkpoint(work, on_checkpoint, selection)
                 kept = self.step
-        if self.step > kept and self._asked(stop, 0):
-            # What follows, exporting and storing the player, may take longer than is granted.
+        if self.history and self.history[-1]["step"] == self.step > kept:
+            # What follows, measuring, exporting and storing the player, may take longer than an eviction grants.
             self._checkpoint(work, on_checkpoint, selection)
+        if self._asked(stop, 0):
             raise Stopped
         if selection:
             selection.restore(self._weights())

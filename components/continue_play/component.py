@@ -11,8 +11,6 @@ def continue_play(
     iteration: int,
     store_uri: str,
     store_endpoint: str,
-    tracking_uri: str,
-    experiment: str,
 ) -> bool:
     """Return False once an iteration before this one converged or diverged; the iteration is then skipped.
 
@@ -21,10 +19,8 @@ def continue_play(
         iteration: Self-play iteration, from 1.
         store_uri: s3://bucket/prefix of runs and objects.
         store_endpoint: Address of the S3 server.
-        tracking_uri: Address of the MLflow server.
-        experiment: MLflow experiment.
     """
     from spin.stages import Place
     from spin.stages.train import goes_on
 
-    return goes_on(Place(run_key, store_uri, store_endpoint, tracking_uri, experiment), iteration)
+    return goes_on(Place(run_key, store_uri, store_endpoint), iteration)

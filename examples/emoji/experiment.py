@@ -27,7 +27,8 @@ from pipelines.laptop import laptop
 from spin.comparison import arms_of, rows_of
 from spin.data.dataset import Dataset
 from spin.emoji import Split, concepts
-from spin.run import Run
+from spin.report import comparison
+from spin.run import Run, iteration_stage
 from spin.scorers.clip import Clip
 from spin.scorers.frechet import Features, frechet_distance
 from spin.scoring import decode_png
@@ -50,7 +51,7 @@ SEARCH: dict[str, dict[str, Any]] = {
         for lr in (3e-5, 1e-4, 3e-4)
     },
     **{
-        f"spin-lr{lr:g}-beta{beta}": {"learning_rate": lr, "beta": [beta], "steps": [120], **CHOSEN}
+        f"spin-lr{lr:g}-b{beta}": {"learning_rate": lr, "beta": [beta], "steps": [120], **CHOSEN}
         for lr in (1e-5, 3e-5, 1e-4)
         for beta in (30, 100, 300, 1000)
     },
@@ -137,9 +138,9 @@ def main(
         if done.returncode:
             raise SystemExit(f"expected the comparison to finish, got exit code {done.returncode}; see {log}")
         run = Place(kind, "s3://spin", servers.s3_endpoint).open()
-        (table,) = (folder / "local").rglob("compare-players/table")
-        lines = [table.read_text(), *content(run, values, split)]
-        result = {"rows": run.need("comparison", kind).facts, "content": lines[1:]}
+        compared, base = run.need("comparison", kind), run.need(iteration_stage(0, "score"), kind)
+        lines = [comparison(kind, base, compared), *content(run, values, split)]
+        result = {"rows": compared.facts, "content": lines[1:]}
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     (folder / "tables.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

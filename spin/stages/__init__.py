@@ -1,4 +1,4 @@
-"""The five stages: one function each, called by a component and by the command line alike."""
+"""The stages: one function each, called by a component and by the command line alike."""
 
 import logging
 import sys

@@ -1,7 +1,7 @@
 """The comparison's two stages: begin a run per arm and seed, and gather their tables when all have been played."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from spin import report, tracking
@@ -93,5 +93,11 @@ def gather(
     with tracking.stage(place, STAGE, 0) as log:
         log.text(markdown, "report/comparison.md")
         log.index(index)
+    if place.tracking_uri:
+        for key in (run.key, *(arm.run_key for arm in planned)):
+            try:
+                tracking.Registry(replace(place, run_key=key)).close_run()
+            except SpinError as error:
+                logger.warning("comparison: %s stays open in MLflow (%s)", key, error)
     logger.info("comparison: best on the validation prompts is %s", index.facts["best_on_validation"])
     return Compared(index, markdown)

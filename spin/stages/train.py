@@ -59,6 +59,9 @@ def train(place: Place, iteration: int, shards: int = 1, processes: int = 0) -> 
         "beta": beta,
         "steps": steps,
     }
+    if config.train.validate_every:
+        # The player is chosen by what it draws and how that is judged.
+        inputs |= {"generate": config.generate.model_dump(mode="json"), "score": config.score.model_dump(mode="json")}
     index = run.find(stage, inputs)
     processes = processes or max(1, place.accelerators)
     if index:
@@ -273,16 +276,17 @@ def is_last(run: Run, index: Index) -> bool:
 
 
 def played(run: Run, iterations: int, for_what: str) -> list[Index]:
-    """Return the training stages of the first ``iterations``, up to the last one worth playing.
+    """Return the training stages of the first ``iterations``; those not worth playing may be absent.
 
     Raises:
         SpinError: one of them is incomplete.
     """
-    stages = []
+    stages: list[Index] = []
     for k in range(1, iterations + 1):
-        stages.append(run.need(iteration_stage(k, "train"), for_what))
-        if is_last(run, stages[-1]):
+        stage = iteration_stage(k, "train")
+        if stages and is_last(run, stages[-1]) and run.find(stage) is None:
             break
+        stages.append(run.need(stage, for_what))
     return stages
 
 
@@ -292,7 +296,7 @@ def goes_on(place: Place, iteration: int) -> bool:
     Raises:
         SpinError: an earlier iteration is incomplete.
     """
-    run = place.open()
+    run, iteration = place.open(), whole_iteration(iteration, 1)
     before = played(run, iteration - 1, iteration_stage(iteration, "train"))
     if before and is_last(run, before[-1]):
         logger.info("iteration %d is not played; iteration %d: %s, %s", iteration, len(before), *verdict_of(before[-1]))

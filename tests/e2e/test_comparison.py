@@ -50,6 +50,7 @@ def test_arms_are_played_and_compared(laptop_servers: Laptop, tmp_path: Path) ->
         return done.stdout
 
     play()
+    before = {path: path.read_text() for path in tmp_path.rglob("compare-players/table")}
     store = Store("s3://spin/rivals", laptop_servers.s3_endpoint)
     shared, sft, spin = (Run(store, key) for key in ("rivals", "rivals-sft-0", "rivals-spin-0"))
     compared = shared.need("comparison", "")
@@ -68,10 +69,17 @@ def test_arms_are_played_and_compared(laptop_servers: Laptop, tmp_path: Path) ->
     assert compared.facts["rows"]["spin 2"]["clip_score"] == pytest.approx(
         spin.need(iteration_stage(2, "score"), "").facts["metrics"]["validation"]["clip_score"], abs=3
     )
-    (table,) = tmp_path.rglob("compare-players/table")
-    assert "| spin 2" in table.read_text()
+    ((_, table),) = before.items()
+    assert "| spin 2" in table
     client = MlflowClient(laptop_servers.mlflow_uri)
     (experiment,) = client.search_experiments(filter_string="name = 'rivals'")
     (run,) = client.search_runs([experiment.experiment_id], "tags.`mlflow.runName` LIKE '%comparison'") or [None]
     assert run is not None
     assert run.data.metrics["rows.sft.clip_score.value"] == compared.facts["rows"]["sft"]["clip_score"]["value"]
+    parents = client.search_runs([experiment.experiment_id], "tags.`mlflow.runName` LIKE '%pipeline'")
+    assert {parent.info.status for parent in parents} <= {"FINISHED"}
+
+    indexes = [shared.need("comparison", ""), trained(sft, 1), trained(spin, 1), trained(spin, 2)]
+    play()
+    assert [shared.need("comparison", ""), trained(sft, 1), trained(spin, 1), trained(spin, 2)] == indexes
+    assert {path.read_text() for path in tmp_path.rglob("compare-players/table")} == {table}

@@ -16,7 +16,7 @@ from tests import tiny
 
 
 def config(**train: object) -> RunConfig:
-    options = {"steps": [10], "batch_size": 4, "micro_batch_size": 4, "decay_steps": None, "warmup_steps": 0}
+    options = {"steps": [10], "batch_size": 4, "micro_batch_size": 4, "decay_steps": 0, "warmup_steps": 0}
     return override(preset("emoji-cpu"), {"train": {**options, **train}})
 
 

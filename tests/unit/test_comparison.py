@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spin.budget import passes
+from spin.budget import passes, steps_for
 from spin.comparison import ARMS, Row, arms_of, best_on_validation, compare, costs
 from spin.errors import SpinError
 from spin.presets import preset
@@ -71,6 +71,23 @@ def test_given_steps_stay() -> None:
     assert arm.config.train.steps == (7,)
 
 
+def test_the_dearest_self_play_is_the_budget_whatever_the_order() -> None:
+    """KFP hands mappings over in any order."""
+    arms = {"sft": {"objective": "sft"}, "a": {"steps": [10]}, "b": {"steps": [90]}, "c": {"steps": [20]}}
+    found = [arms_of("run", SHARED, dict(order), 2, 1, 322) for order in (arms.items(), reversed(arms.items()))]
+    assert found[0] == found[1]
+    by_name = {arm.name: arm.config for arm in found[0]}
+    assert by_name["sft"].train.steps[0] == steps_for(by_name["sft"], 322, passes(by_name["b"], 322, 2))
+
+
+def test_a_rate_that_decays_does_so_over_the_given_steps() -> None:
+    paper = preset("sd15-paper")
+    arms = {arm.name: arm for arm in arms_of("run", paper, ARMS, 3, 1, pairs=10**6)}
+    for name in ("sft", "sft-lora"):
+        assert arms[name].config.train.decay_steps == arms[name].config.train.steps[0] > 500
+    assert arms["spin"].config.train.decay_steps == 500
+
+
 def test_a_run_per_arm_and_seed() -> None:
     arms = arms_of("run", SHARED, {"a": {}, "b": {"beta": [10]}}, 2, seeds=2, pairs=322)
     assert [arm.run_key for arm in arms] == ["run-a-0", "run-b-0", "run-a-1", "run-b-1"]
@@ -83,7 +100,16 @@ def test_a_run_per_arm_and_seed() -> None:
     [
         ({}, 1, "expected at least one arm and one seed, got 0 and 1"),
         ({"a": {}}, 0, "expected at least one arm and one seed, got 1 and 0"),
-        ({"A b": {}}, 1, "expected arms named by small letters, digits, '-' and '.' (at most 31), got 'A b'"),
+        (
+            {"A b": {}},
+            1,
+            "expected arms named by small letters, digits, '-' and '.' (at most 19, not 'base'), got 'A b'",
+        ),
+        (
+            {"base": {}},
+            1,
+            "expected arms named by small letters, digits, '-' and '.' (at most 19, not 'base'), got 'base'",
+        ),
         ({"a": {"bta": [1]}}, 1, "expected a known option, got 'train.bta'; did you mean 'beta'?"),
     ],
 )
@@ -113,6 +139,15 @@ def test_no_share_of_a_gain_that_is_not_there(run: Run, rows: list[Row]) -> None
     base, _, spin = rows
     same = Row("sft", "sft", 1, base.scores * 2, [])
     assert "gain_share" not in compare(run, [base, same, spin], "test")[2]
+
+
+def test_a_seed_whose_play_has_ended_counts_with_its_last_scores(run: Run, rows: list[Row]) -> None:
+    base, _, spin = rows
+    ended = Row("spin 2", "spin", 2, spin.scores, spin.stages[:2], ended=1)
+    line = compare(run, [base, spin, ended], "test")[2]
+    assert line["ended"] == 1
+    assert line["clip_score"] == compare(run, rows, "test")[2]["clip_score"]
+    assert costs([base, ended], 1)[0]["generate"]["seconds"] == 36.0
 
 
 def test_costs_are_means_over_seeds(rows: list[Row]) -> None:

@@ -103,7 +103,7 @@ def test_options_without_use_are_refused(options: dict[str, Any]) -> None:
 def test_no_step_trains_at_rate_zero() -> None:
     with pytest.raises(SpinError, match=r"expected decay_steps of at least the longest .+ \(501\), got 500; .+"):
         override(preset("sd15-paper"), {"train": {"steps": [501]}})
-    assert override(preset("sd15-paper"), {"train": {"steps": [501], "decay_steps": None}}).train.steps == (501,)
+    assert override(preset("sd15-paper"), {"train": {"steps": [501], "decay_steps": 0}}).train.steps == (501,)
 
 
 def test_other_data_leaves_the_small_worlds_wording() -> None:

@@ -31,7 +31,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trainer(world: Path, **options: object) -> Trainer:
     config = {
         "beta": [200], "steps": [1], "batch_size": 8, "micro_batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 0,
-        "decay_steps": None, "max_winner_drift": 1000, **options,
+        "decay_steps": 0, "max_winner_drift": 1000, **options,
     }  # fmt: skip
     losers = Latents([world / "losers.safetensors"]) if config.get("objective", "spin") == "spin" else None
     model, data = models.load(world / "base", CPU), Dataset(world / "data")

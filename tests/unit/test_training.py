@@ -43,7 +43,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trainer(world: Path, iteration: int = 1, precision: str = "fp32", **options: object) -> Trainer:
     config = {
         "beta": [2000], "steps": [3], "batch_size": 8, "micro_batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 0,
-        "decay_steps": None, "checkpoint_every": 100, "max_winner_drift": 1000, **options,
+        "decay_steps": 0, "checkpoint_every": 100, "max_winner_drift": 1000, **options,
     }  # fmt: skip
     paired = options.get("objective", "spin") in ("spin", "dpo")
     losers = Latents([world / "losers.safetensors"]) if paired else None
@@ -804,11 +804,11 @@ def test_learning_rate_of_the_paper(step: int, rate: float) -> None:
 
 
 def test_constant_learning_rate() -> None:
-    config = TrainConfig(learning_rate=1e-4, warmup_steps=4, decay_steps=None)
+    config = TrainConfig(learning_rate=1e-4, warmup_steps=4, decay_steps=0)
     assert [learning_rate(config, step) for step in (0, 1, 3, 4, 10**6)] == pytest.approx(
         [2.5e-5, 5e-5, 1e-4, 1e-4, 1e-4]
     )
-    assert learning_rate(TrainConfig(learning_rate=1e-4, warmup_steps=0, decay_steps=None), 0) == 1e-4
+    assert learning_rate(TrainConfig(learning_rate=1e-4, warmup_steps=0, decay_steps=0), 0) == 1e-4
 
 
 def test_decay_may_end_with_the_warmup() -> None:
