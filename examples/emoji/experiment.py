@@ -52,8 +52,8 @@ SEARCH: dict[str, dict[str, Any]] = {
     },
     **{
         f"spin-lr{lr:g}-b{beta}": {"learning_rate": lr, "beta": [beta], "steps": [120], **CHOSEN}
-        for lr in (1e-5, 3e-5, 1e-4)
-        for beta in (30, 100, 300, 1000)
+        for lr in (2e-5, 6e-5)
+        for beta in (100, 300, 1000)
     },
 }
 

@@ -30,7 +30,7 @@ Trained from random weights by the scripts in `examples/emoji/` on {device}; no 
 | part | parameters | steps | minutes |
 | --- | --- | --- | --- |
 | autoencoder (64 px, 16x16 latents of 8 channels) | {vae_parameters:.2f} M | {vae_steps} | {vae_minutes:.0f} |
-| text encoder and UNet (epsilon prediction) | {base_parameters:.2f} M | {base_steps} | {base_minutes:.0f} |
+| text encoder and UNet (v prediction) | {base_parameters:.2f} M | {base_steps} | {base_minutes:.0f} |
 | teacher of the judge (ResNet, not in the package) | | {teacher_steps} | {teacher_minutes:.0f} |
 | judge (CLIPModel) | {judge_parameters:.2f} M | {judge_steps} | {judge_minutes:.0f} |
 | features of the Fréchet distance (ResNet) | {features_parameters:.2f} M | {features_steps} | {features_minutes:.0f} |

@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -147,22 +148,26 @@ def _train(
             )
             logger.info("iteration %d: step %d of %d  %s", iteration, step, trainer.steps, shown)
 
-    def on_checkpoint(path: Path) -> None:
+    def store_checkpoint(path: Path, step: int, seconds: float) -> None:
         nonlocal kept
         older, ref = kept, run.store.put_folder(path)
         run.write_progress(
             stage,
-            {
-                "inputs": identity,
-                "step": trainer.step,
-                "checkpoint": ref.model_dump(mode="json"),
-                "seconds": round(before + clock.seconds, 2),
-            },
+            {"inputs": identity, "step": step, "checkpoint": ref.model_dump(mode="json"), "seconds": round(seconds, 2)},
         )
         shutil.rmtree(path)
         kept = ref
         if older and older.digest != ref.digest:
             _discard(run, older)
+
+    upload: Future[None] | None = None
+
+    def on_checkpoint(path: Path) -> None:
+        # Training goes on beside the upload; it waits only where the one before has not ended.
+        nonlocal upload
+        if upload:
+            upload.result()
+        upload = uploads.submit(store_checkpoint, path, trainer.step, before + clock.seconds)
 
     # Before the first step, and before a checkpoint is loaded, the player is its opponent.
     before_training, snr = errors_on_grid(trainer), gradient_snr(trainer)
@@ -174,11 +179,15 @@ def _train(
         score = validation_score(model, config, winners, iteration, trainer.accelerator)
         selection = Selection(score, config.train.validate_every, config.train.patience)
     outputs = {"model": opponent}
-    with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="spin-") as scratch, ThreadPoolExecutor(1) as uploads:
         work = Path(scratch)
         try:
             with asked_to_stop() as stop:
-                trainer.run(on_step, on_checkpoint, work, resume, stop, selection)
+                try:
+                    trainer.run(on_step, on_checkpoint, work, resume, stop, selection)
+                finally:
+                    if upload:
+                        upload.result()
             held_out = measure(before_training, errors_on_grid(trainer)) | {"gradient_snr": snr}
             word, reason = verdict(held_out)
             facts["held_out"] = held_out

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -31,7 +32,7 @@ from spin.stages.prepare import prepare
 from spin.stages.register import register
 from spin.stages.score import score
 from spin.stages.train import goes_on, train
-from spin.store import Ref
+from spin.store import Ref, Store
 from spin.training import Trainer
 from tests import tiny
 from tests.integration.conftest import Played
@@ -583,6 +584,31 @@ def test_a_player_that_ruins_unseen_images_is_set_aside(world: World) -> None:
     assert index.outputs["model"].digest == index.inputs["opponent"]
     rejected = models.load(world.store().get(index.outputs["rejected"]), torch.device("cpu"))
     assert not torch.equal(rejected.denoiser.conv_in.weight.cpu(), unet_of(world, index)["conv_in.weight"])
+
+
+def test_training_goes_on_beside_a_checkpoints_upload(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store waits for a later step than the one whose checkpoint it is given."""
+    place = shared(world, "beside", steps=[4], checkpoint_every=2)
+    generate(place, 1)
+    went_on, put, do = threading.Event(), Store.put_folder, Trainer.train_step
+    waited = []
+
+    def slow(store: Store, folder: Path) -> Ref:
+        if folder.name == "checkpoint-000002":
+            waited.append(went_on.wait(60))
+        return put(store, folder)
+
+    def step(trainer: Trainer, *arguments: Any) -> dict[str, float]:
+        measures = do(trainer, *arguments)
+        if trainer.step == 3:
+            went_on.set()
+        return measures
+
+    monkeypatch.setattr(Store, "put_folder", slow)
+    monkeypatch.setattr(Trainer, "train_step", step)
+    train(place, 1)
+    assert waited == [True]
+    assert world.run("beside").read_progress("iteration-001/train") is None
 
 
 def test_steps_are_chosen_by_the_validation_prompts(world: World) -> None:
