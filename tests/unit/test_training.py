@@ -377,8 +377,10 @@ def test_a_resumed_run_is_the_uninterrupted_run(world: Path, tmp_path: Path, ran
     }  # fmt: skip
     whole = trainer(world, **options)
     history = run(whole, tmp_path / "whole", keep=tmp_path / "kept")
-    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["checkpoint-000002", "checkpoint-000004"]
-    for name in ("checkpoint-000002", "checkpoint-000004"):
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [
+        "checkpoint-000002", "checkpoint-000004", "checkpoint-000005",
+    ]  # fmt: skip
+    for name in ("checkpoint-000002", "checkpoint-000004", "checkpoint-000005"):
         resumed = trainer(world, **options)
         torch.manual_seed(99)
         assert run(resumed, tmp_path / "again", resume_from=tmp_path / "kept" / name) == history
@@ -453,12 +455,12 @@ def test_a_checkpoint_holds_safetensors_and_json_alone(world: Path, tmp_path: Pa
     }  # fmt: skip
 
 
-def test_steps_are_reported_from_1_and_the_last_needs_no_checkpoint(world: Path, tmp_path: Path) -> None:
+def test_steps_are_reported_from_1_and_the_last_is_kept_too(world: Path, tmp_path: Path) -> None:
     steps, kept = [], []
-    player = trainer(world, steps=[4], checkpoint_every=2)
+    player = trainer(world, steps=[5], checkpoint_every=2)
     player.run(lambda step, measures: steps.append((step, measures)), lambda folder: kept.append(folder.name), tmp_path)
-    assert [step for step, _ in steps] == [1, 2, 3, 4]
-    assert kept == ["checkpoint-000002"]
+    assert [step for step, _ in steps] == [1, 2, 3, 4, 5]
+    assert kept == ["checkpoint-000002", "checkpoint-000004", "checkpoint-000005"]
     assert steps[0][1]["loss"] == LN2
 
 
