@@ -36,6 +36,8 @@ Trained from random weights by the scripts in `examples/emoji/` on {device}; no 
 | features of the Fréchet distance (ResNet) | {features_parameters:.2f} M | {features_steps} | {features_minutes:.0f} |
 
 Minutes are those of one core per part, other parts training beside it.
+The base's first 4500 steps (66 minutes) predicted the noise;
+its drawings became nameable within 2500 steps of the change to v prediction.
 
 **Data.** Emoji drawings, 64 px on white: noto (Apache-2.0), twemoji (CC-BY-4.0), fluent-emoji-flat (MIT) from their
 npm packages, OpenMoji (CC BY-SA 4.0) from PyPI; {concepts} concepts are asked for, a quarter of the base's training

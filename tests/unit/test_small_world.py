@@ -1,4 +1,4 @@
-"""The small world's promises: what no model saw, how training resumes, and that the base is a plain pipeline."""
+"""The small world's promises: what no model saw, how training resumes, and what the packaged models can do."""
 
 from collections import Counter
 from pathlib import Path
@@ -11,9 +11,14 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 from examples.emoji.loop import TimedTraining
+from examples.emoji.text import STYLES, style_prompt
 from examples.emoji.world import held_out_pairs, shows_held_out
 from spin import emoji
 from spin.models import find
+from spin.scorers.clip import Clip
+from spin.scorers.frechet import Features, frechet_distance
+
+CPU = torch.device("cpu")
 
 
 def test_splits_are_disjoint_in_concepts_and_prompts() -> None:
@@ -70,3 +75,30 @@ def test_the_base_is_a_plain_pipeline_of_at_most_32_mb() -> None:
     pipe.set_progress_bar_config(disable=True)
     image = pipe("red apple", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
     assert image.size == (64, 64)
+
+
+@pytest.fixture(scope="module")
+def judge() -> Clip:
+    return Clip("emoji", CPU)
+
+
+def test_the_judge_names_drawings_that_it_never_saw(judge: Clip) -> None:
+    """OpenMoji for the test concepts: content among all 472 prompts, style among the four."""
+    known, unseen = [concept.prompt for concept in emoji.concepts()], emoji.concepts("test")
+    images = [emoji.render_svg(emoji.openmoji_svg(concept.codepoint), 64) for concept in unseen]
+    embedded = judge.images(images)
+    named = [known[k] for k in (embedded @ judge.texts(known).T).argmax(1).tolist()]
+    right = sum(name == concept.prompt for name, concept in zip(named, unseen, strict=True)) / len(unseen)
+    styled = judge.texts([style_prompt(concept.prompt, style) for concept in unseen for style in STYLES])
+    fit = (styled.view(len(unseen), len(STYLES), -1) @ embedded[:, :, None]).squeeze(-1).argmax(1)
+    assert right >= 0.15
+    assert float((fit == STYLES.index("openmoji")).float().mean()) >= 0.9
+
+
+def test_the_features_tell_drawings_from_blots() -> None:
+    folder = str(find("emoji").parent / "features")
+    features = Features(folder, CPU)
+    drawings = [emoji.render_svg(emoji.openmoji_svg(c.codepoint), 64) for c in emoji.concepts("validation")]
+    one, other = features.of(drawings[:25]), features.of(drawings[25:])
+    blots = features.of([image.resize((4, 4)).resize((64, 64)) for image in drawings[:25]])
+    assert 0 < frechet_distance(one, other) < frechet_distance(blots, other)
