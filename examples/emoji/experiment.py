@@ -37,7 +37,7 @@ from spin.stats import bootstrap_seeds, per_prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 SFT = {"objective": "sft", "learning_rate": 1e-4}
-SPIN = {"learning_rate": 2e-5, "beta": [3000], "steps": [60]}
+SPIN = {"learning_rate": 6e-5, "beta": [300], "steps": [40]}
 ARMS: dict[str, dict[str, Any]] = {
     "sft": SFT,
     "sft-best": {**SFT, "steps": [800], "validate_every": 40, "patience": 5},
