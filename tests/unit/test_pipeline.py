@@ -17,6 +17,7 @@ from google.protobuf import json_format
 from kfp import compiler, components
 from kfp.pipeline_spec import pipeline_spec_pb2
 
+from pipelines.compare import spin_comparison
 from pipelines.compiled import compile_pipeline
 from pipelines.spin import CHOICES, spin_diffusion
 from spin.errors import SpinError
@@ -280,6 +281,15 @@ def test_every_input_of_every_task_is_supplied(documents: list[Spec]) -> None:
     ]
     reached = {task["componentRef"]["name"] for _, dag in dags(spec) for task in dag["dag"]["tasks"].values()}
     assert reached == set(spec["components"])
+
+
+def test_every_input_of_the_comparison_is_supplied_too(tmp_path: Path) -> None:
+    """Both copies of the game in it, rivals' and players', and the two places that score."""
+    package = compile_pipeline(spin_comparison, CHOICES, tmp_path / "comparison.yaml")
+    spec, platform = yaml.safe_load_all(package.read_text())
+    assert faults(spec, platform) == []
+    prepare = spec["root"]["dag"]["tasks"]["prepare-data"]["inputs"]["parameters"]
+    assert prepare["iterations"] == {"runtimeValue": {"constant": 1.0}}, "a data set with pairs may be prepared"
 
 
 def _shards(spec: Spec) -> Spec:
