@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from spin import models
 from spin.data.dataset import Dataset
 from spin.errors import SpinError
+from spin.presets import preset
 from spin.run import Index, Run
 from spin.stages import Place
 from spin.stages.generate import generate
@@ -123,7 +124,7 @@ def test_facts_add_up(world: World, played: Played) -> None:
         )
         trained = played.indexes[f"iteration-00{k}/train"]
         assert (trained.iteration, trained.items) == (k, 3 * 8)
-        assert (trained.facts["steps"], trained.facts["beta"]) == (3, 3000)
+        assert (trained.facts["steps"], trained.facts["beta"]) == (3, preset("emoji-cpu").train.of(k)[0])
     for k in (0, 1, 2):
         scored = played.indexes[f"iteration-00{k}/score"]
         assert scored.facts["prompts"] == {split: rows[split] for split in ("validation", "test")}
