@@ -21,7 +21,7 @@ from spin.run import Index, Run, iteration_stage
 from spin.scorers import PRIMARY
 from spin.stages.generate import shard_stage
 from spin.stages.train import played
-from spin.stats import Estimate, bootstrap_seeds, per_prompt, wins
+from spin.stats import bootstrap_seeds, per_prompt, wins
 
 ARMS: dict[str, dict[str, Any]] = {
     "sft": {"objective": "sft"},
@@ -183,14 +183,20 @@ def compare(run: Run, rows: Sequence[Row], split: Split, against: str = "sft") -
     names, n = list(facts["metrics"][split]), facts["images_per_prompt"]
     seeds = max(len(row.scores) for row in rows)
 
+    read: dict[tuple[str, str], np.ndarray] = {}
+
     def cells(row: Row, metric: str) -> np.ndarray:
-        scores = scores_of(run, row, split, metric)
-        return scores if len(scores) == seeds else np.repeat(scores, seeds, axis=0)
+        if (row.title, metric) not in read:
+            scores = scores_of(run, row, split, metric)
+            read[row.title, metric] = scores if len(scores) == seeds else np.repeat(scores, seeds, axis=0)
+        return read[row.title, metric]
 
     def means(values: np.ndarray) -> np.ndarray:
         return np.stack([per_prompt(seed, n) for seed in values])
 
     rival = next((row for row in reversed(rows) if row.arm == against), None)
+    base = cells(rows[0], PRIMARY)
+    gain = bootstrap_seeds(means(cells(rival, PRIMARY) - base), RESAMPLES) if rival else None
     table = []
     for row in rows:
         line: dict[str, Any] = {"title": row.title, "arm": row.arm, "iteration": row.iteration, "ended": row.ended}
@@ -203,10 +209,8 @@ def compare(run: Run, rows: Sequence[Row], split: Split, against: str = "sft") -
             theirs = cells(other, PRIMARY)
             line[f"win_rate_over_{title}"] = bootstrap_seeds(means(wins(ours, theirs)), RESAMPLES).as_dict()
             line[f"{PRIMARY}_minus_{title}"] = bootstrap_seeds(means(ours - theirs), RESAMPLES).as_dict()
-        if rival is not None and row is not rows[0]:
-            gain: Estimate = bootstrap_seeds(means(cells(rival, PRIMARY) - cells(rows[0], PRIMARY)), RESAMPLES)
-            if gain.low > 0:
-                line["gain_share"] = float((ours - cells(rows[0], PRIMARY)).mean()) / gain.value
+        if gain and gain.low > 0 and row is not rows[0]:
+            line["gain_share"] = float((ours - base).mean()) / gain.value
         table.append(line)
     return table
 

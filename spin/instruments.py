@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 
-from spin import checkpoint
 from spin.seeding import noise_of
 from spin.stats import bootstrap
 from spin.training import Batch, Diverged, Trainer, order
@@ -83,7 +82,7 @@ def gradient_snr(trainer: Trainer) -> float | None:
     the optimizer's moments, which do not exist yet.
     """
     accelerator, size = trainer.accelerator, trainer.config.micro_batch_size
-    parameters = list(checkpoint.trained(accelerator.unwrap_model(trainer.player)).values())
+    parameters = list(trainer.weights().values())
     total = [torch.zeros_like(parameter) for parameter in parameters]
     squares = torch.zeros((), device=trainer.model.device)
     n = math.ceil(GRADIENTS / accelerator.num_processes) * accelerator.num_processes

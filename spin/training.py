@@ -339,7 +339,7 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(checkpoint.trained(self.player).values(), config.max_grad_norm)
         self.optimizer.step()
         if self.average is not None:
-            self.average.step(checkpoint.trained(self.accelerator.unwrap_model(self.player)).values())
+            self.average.step(self.weights().values())
         self.optimizer.zero_grad(set_to_none=True)
         measures = {name: float(self.accelerator.reduce(value, "mean")) for name, value in sums.items()}
         self.step += 1
@@ -400,7 +400,7 @@ class Trainer:
             if selection:
                 selection.load(resume_from)
         elif selection:
-            selection.consider(0, self._weights())
+            selection.consider(0, self.weights())
         started, before = time.monotonic(), self.history[-1]["seconds"] if self.history else 0.0
         kept = self.step
         while self.step < self.steps and not (selection and selection.over):
@@ -418,7 +418,7 @@ class Trainer:
                 raise
             if selection and selection.due(self.step, self.steps):
                 with self.as_average():
-                    measures["validation_score"] = selection.consider(self.step, self._weights())
+                    measures["validation_score"] = selection.consider(self.step, self.weights())
             self.history.append({"step": self.step, **measures, "seconds": before + time.monotonic() - started})
             on_step(self.step, measures)
             if self.step % self.config.checkpoint_every == 0:
@@ -430,22 +430,23 @@ class Trainer:
         if self._asked(stop, 0):
             raise Stopped
         if selection:
-            selection.restore(self._weights())
+            selection.restore(self.weights())
         elif self.average is not None:
-            self.average.copy_to(self._weights().values())
+            self.average.copy_to(self.weights().values())
 
-    def _weights(self) -> dict[str, torch.nn.Parameter]:
+    def weights(self) -> dict[str, torch.nn.Parameter]:
+        """Return the player's weights that are trained, by name."""
         return checkpoint.trained(self.accelerator.unwrap_model(self.player))
 
     @contextmanager
     def as_average(self) -> Iterator[None]:
         """Give the player its moving average's weights for a while, where one is kept."""
         if self.average is not None:
-            self.average.store(self._weights().values())
-            self.average.copy_to(self._weights().values())
+            self.average.store(self.weights().values())
+            self.average.copy_to(self.weights().values())
         yield
         if self.average is not None:
-            self.average.restore(self._weights().values())
+            self.average.restore(self.weights().values())
 
     def _checkpoint(self, work: Path, on_checkpoint: Callable[[Path], None], selection: Selection | None) -> None:
         if self.accelerator.is_main_process:
