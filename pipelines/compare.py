@@ -15,18 +15,8 @@ from kfp import dsl  # noqa: E402
 
 from components.compare_players.component import compare_players  # noqa: E402
 from components.plan_comparison.component import plan_comparison  # noqa: E402
-from components.prepare_data.component import prepare_data  # noqa: E402
-from components.score_metrics.component import score_metrics  # noqa: E402
-from pipelines.placement import (  # noqa: E402
-    A100_80GB,
-    GPU_TAINT,
-    place_on_cpu,
-    place_on_gpu,
-    with_retries,
-    with_store,
-    with_tracking,
-)
-from pipelines.play import self_play  # noqa: E402
+from pipelines.placement import A100_80GB, GPU_TAINT, place_on_cpu, with_retries, with_secrets  # noqa: E402
+from pipelines.play import prepare_and_score_base, self_play  # noqa: E402
 from pipelines.spin import CHOICES  # noqa: E402
 
 
@@ -124,27 +114,20 @@ def spin_comparison(
     pool = {"gpu_count": gpu_count, "gpu_node_selector": gpu_node_selector, "gpu_tolerations": gpu_tolerations}
     secrets = {"store_secret": store_secret, "tracking_secret": tracking_secret}
 
-    def with_secrets(task: dsl.PipelineTask) -> dsl.PipelineTask:
-        return with_tracking(with_store(task, store_secret), tracking_secret)
-
-    prepared = prepare_data(
-        run_key=run_key,
-        job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
-        iterations=1,
-        preset=preset,
-        base_model=base_model,
-        data_source=data_source,
-        overrides=overrides,
-        **where,
-    ).set_display_name("Prepare data")
-    with_secrets(place_on_gpu(prepared, "4", "32Gi", *pool.values()))
-    key = prepared.outputs["key"]
-
-    base = score_metrics(run_key=key, iteration=0, accelerators=gpu_count, **where).set_display_name("Score base")
-    with_secrets(with_retries(place_on_gpu(base, "4", "32Gi", *pool.values())))
+    options = {
+        "run_key": run_key,
+        "iterations": 1,
+        "preset": preset,
+        "base_model": base_model,
+        "data_source": data_source,
+        "overrides": overrides,
+    }
+    key, base = prepare_and_score_base(options, where, pool, secrets)
 
     planned = plan_comparison(run_key=key, arms=arms, iterations=iterations, seeds=seeds, **where).after(base)
-    with_secrets(with_retries(place_on_cpu(planned, cpu="500m", memory="1Gi"))).set_display_name("Plan comparison")
+    with_secrets(with_retries(place_on_cpu(planned, cpu="500m", memory="1Gi")), **secrets).set_display_name(
+        "Plan comparison"
+    )
 
     rivals = play_arms(
         run_keys=planned.outputs["rivals"], iterations=1, shards=generate_shards, **where, **pool, **secrets
@@ -163,7 +146,9 @@ def spin_comparison(
         accelerators=gpu_count,
         **where,
     ).after(rivals, players)
-    with_secrets(with_retries(place_on_cpu(compared, cpu="1", memory="4Gi"))).set_display_name("Compare players")
+    with_secrets(with_retries(place_on_cpu(compared, cpu="1", memory="4Gi")), **secrets).set_display_name(
+        "Compare players"
+    )
 
 
 if __name__ == "__main__":

@@ -67,3 +67,8 @@ def with_tracking(task: dsl.PipelineTask, tracking_secret: Any) -> dsl.PipelineT
         },
     )
     return task
+
+
+def with_secrets(task: dsl.PipelineTask, store_secret: Any, tracking_secret: Any) -> dsl.PipelineTask:
+    """Hand a task the S3 keys and the MLflow credentials."""
+    return with_tracking(with_store(task, store_secret), tracking_secret)

@@ -1,13 +1,37 @@
-"""The game as pipelines within pipelines: one iteration, and the loop over iterations."""
+"""The game as parts of pipelines: what it begins with, one iteration, and the loop over iterations."""
+
+from typing import Any
 
 from kfp import dsl
 
 from components.continue_play.component import continue_play
 from components.generate_synthetic.component import generate_synthetic
 from components.plan.component import plan
+from components.prepare_data.component import prepare_data
 from components.score_metrics.component import score_metrics
 from components.spin_train.component import spin_train
-from pipelines.placement import place_on_cpu, place_on_gpu, with_retries, with_store, with_tracking
+from pipelines.placement import place_on_cpu, place_on_gpu, with_retries, with_secrets, with_store
+
+
+def prepare_and_score_base(
+    options: dict[str, Any], where: dict[str, Any], pool: dict[str, Any], secrets: dict[str, Any]
+) -> tuple[Any, dsl.PipelineTask]:
+    """Add the first two tasks of a pipeline; return the run's key and the task that ends them.
+
+    Args:
+        options: prepare-data's own arguments.
+        where: store_uri, store_endpoint, tracking_uri and experiment.
+        pool: gpu_count, gpu_node_selector and gpu_tolerations.
+        secrets: store_secret and tracking_secret.
+    """
+    prepared = prepare_data(job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER, **options, **where)
+    prepared.set_display_name("Prepare data")
+    with_secrets(place_on_gpu(prepared, "4", "32Gi", *pool.values()), **secrets)
+    key = prepared.outputs["key"]
+    base = score_metrics(run_key=key, iteration=0, accelerators=pool["gpu_count"], **where)
+    base.set_display_name("Score base")
+    with_secrets(with_retries(place_on_gpu(base, "4", "32Gi", *pool.values())), **secrets)
+    return key, base
 
 
 @dsl.pipeline(name="spin-iteration", display_name="Iteration")
@@ -37,7 +61,7 @@ def spin_iteration(
     }
 
     def on_gpu(task: dsl.PipelineTask, cpu: str, memory: str) -> dsl.PipelineTask:
-        with_tracking(with_store(with_retries(task), store_secret), tracking_secret)
+        with_secrets(with_retries(task), store_secret, tracking_secret)
         return place_on_gpu(task, cpu, memory, gpu_count, gpu_node_selector, gpu_tolerations)
 
     numbers = place_on_cpu(plan(count=shards, first=0), cpu="100m", memory="256Mi").set_display_name("Plan shards")

@@ -15,19 +15,9 @@ sys.path[0] = str(ROOT)
 
 from kfp import dsl  # noqa: E402
 
-from components.prepare_data.component import prepare_data  # noqa: E402
 from components.register_model.component import register_model  # noqa: E402
-from components.score_metrics.component import score_metrics  # noqa: E402
-from pipelines.placement import (  # noqa: E402
-    A100_80GB,
-    GPU_TAINT,
-    place_on_cpu,
-    place_on_gpu,
-    with_retries,
-    with_store,
-    with_tracking,
-)
-from pipelines.play import self_play  # noqa: E402
+from pipelines.placement import A100_80GB, GPU_TAINT, place_on_cpu, with_retries, with_secrets  # noqa: E402
+from pipelines.play import prepare_and_score_base, self_play  # noqa: E402
 
 CHOICES = {"preset": ["emoji-cpu", "sd15-paper", "sd15-lora"]}
 """Parameters that the form shows as a dropdown."""
@@ -90,31 +80,22 @@ def spin_diffusion(
     pool = {"gpu_count": gpu_count, "gpu_node_selector": gpu_node_selector, "gpu_tolerations": gpu_tolerations}
     secrets = {"store_secret": store_secret, "tracking_secret": tracking_secret}
 
-    def with_secrets(task: dsl.PipelineTask) -> dsl.PipelineTask:
-        return with_tracking(with_store(task, store_secret), tracking_secret)
-
-    prepared = prepare_data(
-        run_key=run_key,
-        job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
-        iterations=iterations,
-        preset=preset,
-        base_model=base_model,
-        data_source=data_source,
-        overrides=overrides,
-        **where,
-    ).set_display_name("Prepare data")
-    with_secrets(place_on_gpu(prepared, "4", "32Gi", *pool.values()))
-    key = prepared.outputs["key"]
-
-    base = score_metrics(run_key=key, iteration=0, accelerators=gpu_count, **where).set_display_name("Score base")
-    with_secrets(with_retries(place_on_gpu(base, "4", "32Gi", *pool.values())))
+    options = {
+        "run_key": run_key,
+        "iterations": iterations,
+        "preset": preset,
+        "base_model": base_model,
+        "data_source": data_source,
+        "overrides": overrides,
+    }
+    key, base = prepare_and_score_base(options, where, pool, secrets)
 
     played = self_play(run_key=key, iterations=iterations, shards=generate_shards, **where, **pool, **secrets)
     played.after(base)
 
     registered = register_model(run_key=key, iterations=iterations, model_name=model_name, **where)
     registered.after(played).set_display_name("Register model")
-    with_secrets(with_retries(place_on_cpu(registered, cpu="1", memory="4Gi")))
+    with_secrets(with_retries(place_on_cpu(registered, cpu="1", memory="4Gi")), **secrets)
 
 
 if __name__ == "__main__":
