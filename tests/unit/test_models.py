@@ -37,18 +37,6 @@ EVERY_TOKENIZER = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Give a function that returns a family's base model; nobody may write into it."""
-    folder = tmp_path_factory.mktemp("models")
-
-    def base(family: str) -> Path:
-        path = folder / family
-        return path if path.exists() else tiny.base(path, family)
-
-    return base
-
-
 @pytest.fixture
 def family() -> str:
     return "sd1"

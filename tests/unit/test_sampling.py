@@ -31,18 +31,6 @@ that expect a difference)."""
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Give a function that returns a family's base model."""
-    folder = tmp_path_factory.mktemp("sampling")
-
-    def base(family: str) -> Path:
-        path = folder / family
-        return path if path.exists() else tiny.base(path, family)
-
-    return base
-
-
-@pytest.fixture(scope="module")
 def base(made: Callable[[str], Path]) -> Path:
     return made("sd1")
 
