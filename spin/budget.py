@@ -29,7 +29,7 @@ def passes(config: RunConfig, pairs: int, iterations: int) -> int:
     train = config.train
     steps = sum(train.of(k)[1] for k in range(1, iterations + 1))
     drawn = iterations * pairs if train.needs_losers else 0
-    per_image = config.generate.num_inference_steps * (2 if config.generate.guidance_scale > 1 else 1)
+    per_image = config.generate.num_inference_steps * (2 if config.generate.of_losers.guidance_scale > 1 else 1)
     return steps * train.batch_size * passes_per_pair(config) + drawn * per_image
 
 

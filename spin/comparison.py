@@ -24,11 +24,11 @@ from spin.stages.train import played
 from spin.stats import bootstrap_seeds, per_prompt, wins
 
 ARMS: dict[str, dict[str, Any]] = {
-    "sft": {"objective": "sft"},
-    "sft-lora": {"objective": "sft", "lora_rank": 16},
-    "spin": {"objective": "spin"},
+    "sft": {"train": {"objective": "sft"}},
+    "sft-lora": {"train": {"objective": "sft", "lora_rank": 16}},
+    "spin": {"train": {"objective": "spin"}},
 }
-"""Overrides of ``train`` by the arm's name."""
+"""Overrides by the arm's name: of ``train``, and of how the losers are drawn."""
 SELF_PLAY = ("spin", "exact-spin")
 RESAMPLES = 5000
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,18}")
@@ -59,12 +59,13 @@ def arms_of(
     Args:
         key: the shared run's.
         shared: its config, which the arms' overrides are laid over.
-        arms: overrides of ``train`` by name.
+        arms: overrides by name.
         iterations: of the arms that are self-play; the others have one.
         pairs: training pairs, for the budget.
 
     Raises:
-        SpinError: no arm, a name that is no plain name, no seed, or options that are refused.
+        SpinError: no arm, a name that is no plain name, no seed, or options that are refused: unknown ones, and those
+            that all arms share.
     """
     if not arms or seeds < 1:
         raise SpinError(f"expected at least one arm and one seed, got {len(arms)} and {seeds}; set arms and seeds")
@@ -75,13 +76,14 @@ def arms_of(
         )
     # Mappings come out of KFP in an order that differs from run to run.
     arms = dict(sorted(arms.items()))
-    configs = {name: override(shared, {"train": dict(train)}) for name, train in arms.items()}
+    configs = {name: _laid_over(shared, name, arm) for name, arm in arms.items()}
+    given = {name: arm.get("train", {}) for name, arm in arms.items()}
     budgets = [passes(c, pairs, iterations) for c in configs.values() if c.train.objective in SELF_PLAY]
     for name, config in configs.items():
-        if config.train.objective not in SELF_PLAY and budgets and "steps" not in arms[name]:
+        if config.train.objective not in SELF_PLAY and budgets and "steps" not in given[name]:
             steps = steps_for(config, pairs, max(budgets))
             train: dict[str, Any] = {"steps": [steps]}
-            if config.train.decay_steps and "decay_steps" not in arms[name]:
+            if config.train.decay_steps and "decay_steps" not in given[name]:
                 train["decay_steps"] = steps
             configs[name] = override(config, {"train": train})
     return [
@@ -97,6 +99,20 @@ def arms_of(
         for seed in range(seeds)
         for name, config in configs.items()
     ]
+
+
+def _laid_over(shared: RunConfig, name: str, arm: Mapping[str, Any]) -> RunConfig:
+    """Return an arm's config; what decides on the data and on the images that are scored is every arm's."""
+    config = override(shared, dict(arm))
+    own = config.generate
+    losers = {"opponent_guidance": own.opponent_guidance, "roundtrip": own.roundtrip}
+    common = {"train": config.train, "generate": shared.generate.model_copy(update=losers)}
+    if config != shared.model_copy(update=common):
+        raise SpinError(
+            f"expected arm {name!r} to change train, generate.opponent_guidance or generate.roundtrip, got "
+            f"{dict(arm)}; give what all arms share in overrides"
+        )
+    return config
 
 
 def begin(run: Run, arms: Sequence[Arm]) -> None:

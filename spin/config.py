@@ -49,11 +49,27 @@ class GenerateConfig(_Config):
     """DPM-Solver++ steps (a flow model's Euler steps): 20 exceed PNDM's 50 in the paper's rebuttal."""
     guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 7.5
     """Classifier-free guidance; 1 turns it off. The paper's SD-1.5 setting."""
+    opponent_guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Guidance of the losers; 0: ``guidance_scale``, as in the paper. Guided losers are not quite the opponent's own
+    distribution, whose unguided denoiser the loss compares; 1 draws that (method: the fixed point is then the data)."""
     batch_size: Positive = 64
     """Images per denoiser call (doubled inside by guidance); one padded shape serves all batches."""
     seed: Annotated[int, Field(ge=0)] = 0
     roundtrip: bool = False
     """Decode and re-encode the losers, so that both sides of a pair carry the autoencoder's signature."""
+
+    @model_validator(mode="after")
+    def _guidance_or_none(self) -> Self:
+        if 0 < self.opponent_guidance < 1:
+            raise ValueError(
+                f"expected opponent_guidance of at least 1, or 0 for guidance_scale, got {self.opponent_guidance}"
+            )
+        return self
+
+    @property
+    def of_losers(self) -> Self:
+        """How the losers are drawn."""
+        return self.model_copy(update={"guidance_scale": self.opponent_guidance or self.guidance_scale})
 
 
 class TrainConfig(_Config):

@@ -89,7 +89,9 @@ def _generate(
         noise = torch.stack(
             [noise_of(pairs.latents_shape, "generate", config.generate.seed, iteration, id) for id in names]
         )
-        latents = sample_latents(model, [prompts[row].prompt for row in rows], noise, config.generate, precision)
+        latents = sample_latents(
+            model, [prompts[row].prompt for row in rows], noise, config.generate.of_losers, precision
+        )
         if config.generate.roundtrip:
             latents = roundtrip(model, latents, precision)
         drawn.append(latents.cpu())

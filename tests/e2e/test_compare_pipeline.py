@@ -18,7 +18,7 @@ from tests import tiny
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(500)]
 
 ROOT = Path(__file__).resolve().parents[2]
-ARMS = {"sft": {"objective": "sft"}, "spin": {}}
+ARMS = {"sft": {"train": {"objective": "sft"}}, "spin": {}}
 
 
 def test_arms_are_played_and_compared(laptop_servers: Laptop, tmp_path: Path) -> None:

@@ -320,6 +320,19 @@ def test_number_of_shards_changes_nothing(world: World, played: Played) -> None:
     assert players[0].outputs == players[2].outputs
 
 
+def test_losers_hear_the_guidance_of_the_opponent(world: World, played: Played) -> None:
+    """Score and losers may be drawn with different guidance; named as large as the player's, it changes nothing."""
+    usual = played.indexes["iteration-000/score"].inputs["generate"]["guidance_scale"]
+    drawn = {}
+    for guidance in (0, usual, 1):
+        place = world.place(f"guided-{guidance:g}")
+        options = tiny.overrides(world.judge)
+        options["generate"] |= {"opponent_guidance": guidance}  # type: ignore[operator]
+        prepare(place, "emoji-cpu", str(world.base), str(world.images), options, iterations=2)
+        drawn[guidance] = losers(world, [generate(place, 1, 0, 1)])
+    assert drawn[0] == drawn[usual] != drawn[1]
+
+
 class Interrupted(Exception):
     pass
 

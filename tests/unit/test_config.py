@@ -29,7 +29,7 @@ def refusal(overrides: Any) -> str:
         (
             {"generate": {"qqqq": 1}},
             "expected a known option, got 'generate.qqqq'; known: batch_size, guidance_scale, num_inference_steps, "
-            "roundtrip, seed (in overrides)",
+            "opponent_guidance, roundtrip, seed (in overrides)",
         ),
     ],
 )
@@ -55,6 +55,7 @@ def test_unknown_options_name_the_nearest(overrides: dict[str, Any], message: st
         ({"train": {"prompt_dropout": 1}}, "train.prompt_dropout"),
         ({"train": {"objective": "ppo"}}, "train.objective"),
         ({"generate": {"guidance_scale": 0.5}}, "generate.guidance_scale"),
+        ({"generate": {"opponent_guidance": 0.5}}, "generate"),
         ({"data": {"held_out_share": 1.0}}, "data.held_out_share"),
         ({"score": {"seed": -1}}, "score.seed"),
         ({"score": {"template": "a picture"}}, "score.template"),
