@@ -45,8 +45,8 @@ def load(
         for name, parameter in trained(module).items():
             parameter.copy_(tensors[f"weight/{name}"])
             moments = {key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            # Adam keeps its step counter on the CPU, the moments beside the parameter in its layout.
-            optimizer.state[parameter] = {"step": moments.pop("step")} | {
+            # Fused Adam keeps its step counter beside the parameter, and the moments in its layout.
+            optimizer.state[parameter] = {"step": moments.pop("step").to(parameter.device)} | {
                 key: torch.empty_like(parameter).copy_(value) for key, value in moments.items()
             }
         if average is not None:

@@ -232,7 +232,10 @@ def compare(run: Run, rows: Sequence[Row], split: Split, against: str = "sft") -
 
 
 def costs(rows: Sequence[Row], accelerators: int) -> list[dict[str, Any]]:
-    """Return per row and phase: seconds, items (images or pairs), accelerator-hours; means over seeds that played."""
+    """Return per row and phase: seconds, items (images or pairs), accelerator-hours; means over seeds that played.
+
+    ``mfu``: FLOPs as a share of what the accelerators could have done in that time, all seeds and shards together.
+    """
     table = []
     for row in rows[1:]:
         line: dict[str, Any] = {"title": row.title}
@@ -240,7 +243,10 @@ def costs(rows: Sequence[Row], accelerators: int) -> list[dict[str, Any]]:
             found = [stage for stage in row.stages if stage.stage.split("/")[1].startswith(phase)]
             played = len(row.scores) - row.ended
             seconds = sum(stage.seconds for stage in found) / played
+            counted = [stage for stage in found if stage.cost]
+            could = sum(stage.cost["flops"] / stage.cost["mfu"] for stage in counted if stage.cost["mfu"])
             line[phase] = {
+                "mfu": round(sum(stage.cost["flops"] for stage in counted) / could, 4) if could else None,
                 "seconds": round(seconds, 1),
                 "items": round(sum(stage.items for stage in found) / played),
                 "accelerator_hours": round(seconds * max(1, accelerators) / 3600, 4),

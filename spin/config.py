@@ -15,6 +15,7 @@ from spin.errors import SpinError
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Config(BaseModel):
@@ -45,15 +46,20 @@ class DataConfig(_Config):
 class GenerateConfig(_Config):
     """How the opponent draws the losers (and how the player is drawn for scoring)."""
 
+    solver: Literal["auto", "dpm-solver++", "ddim", "pndm", "unipc", "deis", "euler"] = "auto"
+    """``auto``: DPM-Solver++, Euler for a flow model (its only one). ``euler`` is EDM's, DDIM in other variables."""
     num_inference_steps: Positive = 20
-    """DPM-Solver++ steps (a flow model's Euler steps): 20 exceed PNDM's 50 in the paper's rebuttal."""
+    """Steps of the solver: DPM-Solver++'s 20 exceed PNDM's 50 in the paper's rebuttal."""
     guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 7.5
     """Classifier-free guidance; 1 turns it off. The paper's SD-1.5 setting."""
     opponent_guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Guidance of the losers; 0: ``guidance_scale``, as in the paper. Guided losers are not quite the opponent's own
     distribution, whose unguided denoiser the loss compares; 1 draws that (method: the fixed point is then the data)."""
+    guidance_interval: tuple[Share, Share] = (0.0, 1.0)
+    """Guidance acts from the first to the second share of the steps; outside, half the work (Kynkäänniemi et al.
+    2024). The paper's, and the images compared with it, are guided throughout."""
     batch_size: Positive = 64
-    """Images per denoiser call (doubled inside by guidance); one padded shape serves all batches."""
+    """Images per denoiser call (doubled inside by guidance); compiled, one padded shape serves all batches."""
     seed: Annotated[int, Field(ge=0)] = 0
     roundtrip: bool = False
     """Decode and re-encode the losers, so that both sides of a pair carry the autoencoder's signature."""
@@ -65,6 +71,18 @@ class GenerateConfig(_Config):
                 f"expected opponent_guidance of at least 1, or 0 for guidance_scale, got {self.opponent_guidance}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _interval_in_order(self) -> Self:
+        first, last = self.guidance_interval
+        if first > last:
+            raise ValueError(f"expected guidance_interval as (from, to), got ({first:g}, {last:g})")
+        return self
+
+    def guided(self, calls: int) -> list[bool]:
+        """Return for each of the denoiser's ``calls`` whether it is guided, which doubles its work."""
+        first, last = self.guidance_interval
+        return [self.guidance_scale > 1 and first <= call / calls < last for call in range(calls)]
 
     @property
     def of_losers(self) -> Self:
@@ -189,6 +207,10 @@ class TrainConfig(_Config):
         last = iteration - 1
         return self.beta[min(last, len(self.beta) - 1)], self.steps[min(last, len(self.steps) - 1)]
 
+    def consumes(self, iteration: int) -> int:
+        """Return how many pairs ``iteration`` trains on at most, repetitions included."""
+        return self.of(iteration)[1] * self.batch_size
+
 
 class ScoreConfig(_Config):
     """What is measured on held-out prompts, and with which judge."""
@@ -226,6 +248,9 @@ class RunConfig(_Config):
     generate: GenerateConfig = GenerateConfig()
     train: TrainConfig = TrainConfig()
     score: ScoreConfig = ScoreConfig()
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether the denoiser is compiled (torch.compile); ``auto``: on CUDA, where a stage has enough work to repay it.
+    The results differ by rounding."""
 
 
 def nearest(word: str, known: list[str]) -> str:

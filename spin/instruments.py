@@ -76,7 +76,7 @@ def errors_on_grid(trainer: Trainer) -> GridErrors:
 def gradient_snr(trainer: Trainer) -> float | None:
     """Return |mean g|^2 / (tr Cov(g) / n) over n micro-batches at the opponent's weights: about 1 is noise alone.
 
-    ``None`` where the micro-batches do not differ.
+    ``None`` where the micro-batches do not differ, or training has no two of them.
 
     To be asked before the first step, when the player is its opponent. The buffer for the mean is as large as one of
     the optimizer's moments, which do not exist yet.
@@ -86,6 +86,10 @@ def gradient_snr(trainer: Trainer) -> float | None:
     total = [torch.zeros_like(parameter) for parameter in parameters]
     squares = torch.zeros((), device=trainer.model.device)
     n = math.ceil(GRADIENTS / accelerator.num_processes) * accelerator.num_processes
+    # Pairs that training will not reach may have no loser.
+    n = min(n, trainer.config.consumes(trainer.iteration) // size)
+    if n < 2:
+        return None
     places = order(trainer.winners.ids, trainer.config.seed, trainer.iteration, 0, n * size)
     mine = places[accelerator.process_index :: accelerator.num_processes]
     for start in range(0, len(mine), size):

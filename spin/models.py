@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from spin.errors import SpinError
 from spin.families import Conditioning, Denoiser, Family, family_of, latents_per_step
 
+COMPILE_FROM = 2048
+"""Images or pairs from which compiling, a minute or two on a GPU, repays itself."""
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 
 
@@ -31,6 +33,8 @@ class Model:
     vae: AutoencoderKL
     pipeline: Any
     scheduler_config: dict[str, Any]
+    compiled: bool = False
+    """Whether the denoiser is compiled: then every call should have the same shape."""
 
     @property
     def device(self) -> torch.device:
@@ -62,6 +66,12 @@ class Model:
             )
         side = resolution // self.scale_factor
         return self.denoiser.config.in_channels, side, side
+
+    def compile_for(self, mode: str, items: int) -> None:
+        """Compile the denoiser, in place, if ``mode`` says so: ``on``, or ``auto`` on CUDA with enough ``items``."""
+        if compiles(mode, self.device, items):
+            self.denoiser.compile(dynamic=False)
+            self.compiled = True
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Conditioning:
@@ -111,6 +121,11 @@ class Model:
         latents = latents_BCHW.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor + shift
         images = self.vae.decode(latents).sample.float().clamp(-1, 1)
         return ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+def compiles(mode: str, device: torch.device, items: int) -> bool:
+    """Return whether ``mode`` (``on``, ``off``, ``auto``) compiles for a stage's ``items``, images or pairs."""
+    return mode == "on" or (mode == "auto" and device.type == "cuda" and items >= COMPILE_FROM)
 
 
 def best_device() -> torch.device:
@@ -248,16 +263,21 @@ def load(folder: Path, device: torch.device | None = None) -> Model:
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SpinError(f"expected a loadable diffusers pipeline, got {folder} ({reason}); export it again") from None
+    return assemble(family, index, parts, _json_object(folder / "scheduler" / "scheduler_config.json"), device)
+
+
+def assemble(
+    family: Family, index: dict[str, Any], parts: dict[str, Any], scheduler_config: dict[str, Any], device: torch.device
+) -> Model:
+    """Return the model of loaded ``parts``, which are moved to ``device``, frozen and put into evaluation mode.
+
+    Weights of convolutions lie channels last, as the fast kernels of CPUs and GPUs want them.
+    """
     for part in parts.values():
         if isinstance(part, torch.nn.Module):
             part.to(device).requires_grad_(False).eval()
-    return Model(
-        family,
-        parts[family.denoiser],
-        parts["vae"],
-        family.assemble(index, parts),
-        _json_object(folder / "scheduler" / "scheduler_config.json"),
-    )
+            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Model(family, parts[family.denoiser], parts["vae"], family.assemble(index, parts), scheduler_config)
 
 
 def export(opponent: Path, denoiser: Denoiser, target: Path) -> None:
@@ -276,7 +296,10 @@ def export(opponent: Path, denoiser: Denoiser, target: Path) -> None:
         ),
     )
     fresh = target / f"{name}-new"
+    # safetensors knows one layout alone; the caller's network keeps its own.
+    denoiser.to(memory_format=torch.contiguous_format)
     denoiser.save_pretrained(fresh, safe_serialization=True)
+    denoiser.to(memory_format=torch.channels_last)
     for weights in fresh.glob("*.safetensors*"):
         weights.replace(target / name / weights.name)
     shutil.rmtree(fresh)

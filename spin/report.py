@@ -98,10 +98,12 @@ def comparison(run_key: str, base: Index, compared: Index) -> str:
     phases = ("generate", "train", "score")
     spent = [
         [line["title"], *(f"{line[p]['seconds']:.0f} s, {line[p]['items']}" for p in phases),
+         " / ".join(f"{100 * line[p]['mfu']:.0f} %" if line[p].get("mfu") else "-" for p in phases),
          f"{sum(line[p]['accelerator_hours'] for p in ('generate', 'train')):.3f}"]
         for line in facts["costs"].values()
     ]  # fmt: skip
-    costs = ["model", "generating: time, images", "training: time, pairs", "scoring: time, images", "accelerator-hours"]
+    costs = ["model", "generating: time, images", "training: time, pairs", "scoring: time, images",
+             "MFU of the three", "accelerator-hours"]  # fmt: skip
     note = (
         f"{base.facts['prompts'][split]} {split} prompts, {base.facts['images_per_prompt']} image(s) each, "
         f"{facts['seeds']} training seed(s); 95 % bootstrap intervals over seeds and prompts; ties count half"

@@ -37,6 +37,8 @@ class Index(BaseModel):
         outputs: the objects made, by name.
         facts: small results: counts, metrics, shapes.
         seconds, items: wall time and number of images or pairs worked on; summed over interrupted attempts.
+        cost: FLOPs, their share of the peak, items/s, accelerator-hours (``spin.accounting.cost``); no part of the
+            identity either.
         producer: versions, commit, host and device; no part of the identity.
     """
 
@@ -48,6 +50,7 @@ class Index(BaseModel):
     facts: dict[str, Any]
     seconds: float
     items: int
+    cost: dict[str, float] = {}
     producer: dict[str, str]
 
 

@@ -1,14 +1,23 @@
-"""Draw images with a model: batched, one padded shape, seeded per prompt."""
+"""Draw images with a model: batched, by any of diffusers' solvers, seeded per prompt."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 
 from spin.config import GenerateConfig
 from spin.diffusion import is_flow
+from spin.errors import SpinError
 from spin.families import Conditioning, latents_per_step
 from spin.models import Model
 
@@ -27,23 +36,43 @@ def fast_precision(device: torch.device) -> str:
     return "fp32"
 
 
-def solver(model: Model, steps: int, side: int) -> Any:
-    """Return the scheduler that draws ``steps`` steps of latents ``side`` wide: DPM-Solver++, or Euler for a flow.
+SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "dpm-solver++": (
+        DPMSolverMultistepScheduler,
+        {
+            "algorithm_type": "dpmsolver++",
+            "solver_order": 2,
+            "solver_type": "midpoint",
+            "final_sigmas_type": "zero",
+            "thresholding": False,
+        },
+    ),
+    "ddim": (DDIMScheduler, {"clip_sample": False, "thresholding": False}),
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
+    "unipc": (UniPCMultistepScheduler, {"thresholding": False, "solver_type": "bh2"}),
+    "deis": (DEISMultistepScheduler, {"algorithm_type": "deis", "solver_type": "logrho", "thresholding": False}),
+    "euler": (EulerDiscreteScheduler, {}),
+}
+"""Schedulers of diffusion models by ``generate.solver``, with what must not be another one's setting."""
 
-    Neither scales the first noise or the denoiser's input.
+
+def solver(model: Model, config: GenerateConfig, side: int) -> Any:
+    """Return the scheduler that draws latents ``side`` wide, its steps set.
+
+    It stays on the CPU, whatever the model's device: its numbers are read there in every step.
+
+    Raises:
+        SpinError: a flow model is asked for another solver than Euler.
     """
+    steps, name = config.num_inference_steps, config.solver
     scheduler: Any
     if not is_flow(model.scheduler_config):
-        scheduler = DPMSolverMultistepScheduler.from_config(
-            model.scheduler_config,
-            algorithm_type="dpmsolver++",
-            solver_order=2,
-            solver_type="midpoint",
-            final_sigmas_type="zero",
-            thresholding=False,
-        )
-        scheduler.set_timesteps(steps, device=model.device)
+        kind, options = SOLVERS["dpm-solver++" if name == "auto" else name]
+        scheduler = kind.from_config(model.scheduler_config, **options)
+        scheduler.set_timesteps(steps)
         return scheduler
+    if name not in ("auto", "euler"):
+        raise SpinError(f"expected generate.solver auto or euler for a flow model, got {name!r}; change it")
     # Noise that the solver draws itself would not be the prompt's own.
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(model.scheduler_config, stochastic_sampling=False)
     shift = None
@@ -53,7 +82,7 @@ def solver(model: Model, steps: int, side: int) -> Any:
         patches, given = (side // latents_per_step(model.denoiser)) ** 2, scheduler.config
         lengths = given.base_image_seq_len, given.max_image_seq_len
         shift = calculate_shift(patches, *lengths, given.base_shift, given.max_shift)
-    scheduler.set_timesteps(steps, device=model.device, mu=shift)
+    scheduler.set_timesteps(steps, mu=shift)
     return scheduler
 
 
@@ -63,27 +92,34 @@ def sample_latents(
 ) -> torch.Tensor:
     """Return the latents drawn for ``prompts`` from ``noise_BCHW``, float32 [B, C, H, W] in the denoiser's scale.
 
-    DPM-Solver++ (Euler for a flow) with classifier-free guidance, both halves of the guidance in one denoiser call.
-    Fewer prompts than ``config.batch_size`` are padded to it, so one shape serves all calls.
+    Classifier-free guidance has both its halves in one denoiser call. For a compiled denoiser, fewer prompts than
+    ``config.batch_size`` are padded to it, so that one shape serves all calls.
 
     Source: the paper's rebuttal (DPM-Solver, 20 steps, batch 64); equal to each family's stock pipeline (tests).
     """
-    count, size = len(prompts), config.batch_size
-    guided = config.guidance_scale > 1
+    count = len(prompts)
+    size = config.batch_size if model.compiled else count
     padded = [*prompts, *[""] * (size - count)]
     latents = torch.zeros(size, *noise_BCHW.shape[1:], device=model.device)
     latents[:count] = noise_BCHW
-    scheduler = solver(model, config.num_inference_steps, latents.shape[-1])
+    scheduler = solver(model, config, latents.shape[-1])
+    scaled = not is_flow(model.scheduler_config)
+    if scaled:
+        latents = latents * scheduler.init_noise_sigma
+    guided = config.guided(len(scheduler.timesteps))
     with autocast(model.device, precision):
-        conditioning = model.embed(padded)
-        if guided:
-            conditioning = Conditioning.cat([model.embed([""]).repeat(size), conditioning])
-        for timestep in scheduler.timesteps:
-            model_input = torch.cat([latents, latents]) if guided else latents
-            prediction = model.predict(model.denoiser, model_input, timestep, conditioning).float()
-            if guided:
-                empty, prompted = prediction.chunk(2)
-                prediction = empty + config.guidance_scale * (prompted - empty)
+        prompted = both = model.embed(padded)
+        if any(guided):
+            both = Conditioning.cat([model.embed([""]).repeat(size), prompted])
+        on_device = scheduler.timesteps.to(model.device)
+        for timestep, told, twice in zip(scheduler.timesteps, on_device, guided, strict=True):
+            model_input = scheduler.scale_model_input(latents, timestep) if scaled else latents
+            if twice:
+                model_input = torch.cat([model_input, model_input])
+            prediction = model.predict(model.denoiser, model_input, told, both if twice else prompted).float()
+            if twice:
+                without, given = prediction.chunk(2)
+                prediction = without + config.guidance_scale * (given - without)
             latents = scheduler.step(prediction, timestep, latents).prev_sample
     return latents[:count].float()
 

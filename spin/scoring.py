@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from spin import models, report
+from spin.accounting import cost, flops_per_image
 from spin.config import RunConfig
 from spin.data.dataset import Dataset, HeldOut
 from spin.emoji import Split
@@ -40,6 +41,7 @@ def score_player(
     earlier: list[Index],
     inputs: dict[str, Any],
     clock: Clock,
+    accelerators: int,
 ) -> Index:
     """Draw the held-out prompts with ``player``, score every image and store scores, images and contact sheet."""
     data = Dataset(run.store.get(dataset))
@@ -49,6 +51,9 @@ def score_player(
             "expected held-out prompts for validation and test, got none; raise data.held_out_share or add images"
         )
     model = models.load(run.store.get(player))
+    images_in_all = sum(map(len, held_out.values())) * config.score.images_per_prompt
+    model.compile_for(config.compile, images_in_all)
+    flops = flops_per_image(model, data.latents_shape, config.generate, decoded=True)
     clip = Clip(config.score.clip_model, model.device)
     scorers: list[Scorer] = [ClipScore(clip, config.score.template)]
     if config.score.styles:
@@ -79,6 +84,7 @@ def score_player(
     base = run.store.get(earlier[0].outputs["scores"]) if earlier else None
     names = [scorer.name for scorer in scorers]
     metrics = {split: _metrics(config, table, base, split, names) for split in SPLITS}
+    seconds, precision = clock.seconds, fast_precision(model.device)
     return run.finish(
         Index(
             stage=stage,
@@ -90,8 +96,9 @@ def score_player(
                 "prompts": {split: len(rows) for split, rows in held_out.items()},
                 "images_per_prompt": config.score.images_per_prompt,
             },
-            seconds=clock.seconds,
+            seconds=seconds,
             items=len(table),
+            cost=cost(model.device, precision, flops, len(table), seconds, accelerators),
             producer=producer(),
         )
     )

@@ -40,7 +40,9 @@ class Selection:
             raise SpinError(f"expected a finite score of the player at step {step}, got {score}; check the judge")
         if score > self.best_score:
             self.best_score, self.best_step, self.stale = score, step, 0
-            self._weights = {name: value.detach().cpu().clone() for name, value in weights.items()}
+            # safetensors, where they may be saved, knows one layout alone.
+            plain = torch.contiguous_format
+            self._weights = {n: value.detach().cpu().clone(memory_format=plain) for n, value in weights.items()}
         else:
             self.stale += 1
         return score

@@ -205,7 +205,7 @@ class StageLog:
             if self.known_index == identity:
                 return
             numbers = {k: v for k, v in _flat(index.facts).items() if isinstance(v, int | float)}
-            numbers |= {"seconds": index.seconds, "items": index.items}
+            numbers |= {"seconds": index.seconds, "items": index.items, **_flat(index.cost, "cost.")}
             tags = {f"spin.{name}": ref.digest for name, ref in index.outputs.items()}
             tags |= {f"spin.producer.{name}": value for name, value in index.producer.items() if value}
             tags |= {f"spin.{name}": value for name, value in index.facts.items() if isinstance(value, str) and value}

@@ -98,6 +98,32 @@ def order(ids: Sequence[str], seed: int, iteration: int, start: int, count: int)
     return places
 
 
+def consumed(ids: Sequence[str], config: TrainConfig, iteration: int) -> set[int]:
+    """Return the rows whose losers ``iteration``'s opponent has to draw: those that are trained on, at most.
+
+    Where the next iteration takes some of its losers from this one, these rows are among them.
+    """
+
+    def visited(by: int, count: int) -> list[tuple[int, int]]:
+        return order(ids, config.seed, by, 0, count)
+
+    rows = {row for _, row in visited(iteration, min(len(ids), config.consumes(iteration)))}
+    if config.previous_share and len(rows) < len(ids):
+        following = visited(iteration + 1, config.consumes(iteration + 1))
+        older = from_previous(ids, following, config, iteration + 1)
+        rows |= {row for (_, row), old in zip(following, older, strict=True) if old}
+    return rows
+
+
+def from_previous(
+    ids: Sequence[str], places: Sequence[tuple[int, int]], config: TrainConfig, iteration: int
+) -> list[bool]:
+    """Return for (epoch, row) ``places`` whether the loser is the previous iteration's."""
+    name = ("previous", config.seed, iteration)
+    draws = [float(torch.rand(1, generator=generator_of(*name, epoch, ids[row]))) for epoch, row in places]
+    return [draw < config.previous_share for draw in draws]
+
+
 class Trainer:
     """Trains ``model.denoiser`` in place for one iteration.
 
@@ -110,6 +136,7 @@ class Trainer:
         losers: the opponent's images of the same prompts; ``None`` where the objective needs none.
         iteration: 1-based; chooses beta and steps.
         previous: the losers of the iteration before, where some are to be mixed in.
+        compiled: compile the player's and the reference's forward and backward passes.
 
     Raises:
         SpinError: fewer pairs than one batch, or a loser is missing.
@@ -124,6 +151,7 @@ class Trainer:
         iteration: int,
         precision: str,
         previous: Latents | None = None,
+        compiled: bool = False,
     ):
         self.previous = previous
         self.model, self.winners, self.losers, self.config, self.iteration = model, winners, losers, config, iteration
@@ -134,11 +162,10 @@ class Trainer:
                 f"expected at least one batch of pairs ({config.batch_size}), got {len(winners)} in the data set; "
                 "lower train.batch_size or add images"
             )
-        for side in (losers, previous):
-            if side is not None and (missing := [id for id in winners.ids if id not in side]):
-                raise SpinError(
-                    f"expected a loser for every pair, got none for {len(missing)}, e.g. {missing[0]}; generate"
-                )
+        if missing := self._missing():
+            raise SpinError(
+                f"expected a loser for every pair, got none for {len(missing)}, e.g. {missing[0]}; generate"
+            )
         self.process = process_for(config, model.scheduler_config).to(model.device)
         self.accelerator = Accelerator(mixed_precision="no", cpu=model.device.type == "cpu")
         share = config.micro_batch_size * self.accelerator.num_processes
@@ -148,11 +175,21 @@ class Trainer:
                 f"{config.batch_size}; change one of them"
             )
         self.accumulation = config.batch_size // share
-        self._make_players()
+        self._make_players(compiled)
         self.step, self.drift = 0, 0.0
         self.history: list[dict[str, float]] = []
 
-    def _make_players(self) -> None:
+    def _missing(self) -> list[str]:
+        """Return the pairs that will be trained on but have no loser."""
+        ids, config = self.winners.ids, self.config
+        visited = order(ids, config.seed, self.iteration, 0, config.consumes(self.iteration))
+        older = from_previous(ids, visited, config, self.iteration) if self.previous else [False] * len(visited)
+        sides = (self.previous if old else self.losers for old in older)
+        return sorted({
+            ids[row] for (_, row), side in zip(visited, sides, strict=True) if side is not None and ids[row] not in side
+        })  # fmt: skip
+
+    def _make_players(self, compiled: bool) -> None:
         denoiser = self.model.denoiser
         if self.config.lora_rank:
             from peft import LoraConfig
@@ -175,8 +212,12 @@ class Trainer:
         denoiser.train()
         if self.config.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
+        if compiled:
+            for network in {denoiser, self.reference}:
+                network.compile(dynamic=False)
         optimizer = torch.optim.AdamW(
             checkpoint.trained(denoiser).values(),
+            fused=True,
             lr=self.config.learning_rate,
             weight_decay=self.config.weight_decay,
             betas=(self.config.adam_beta1, self.config.adam_beta2),
@@ -222,18 +263,11 @@ class Trainer:
         """Return the losers' latents of (epoch, row) ``places``; some may be the previous iteration's."""
         assert self.losers is not None
         ids = [self.winners.ids[row] for _, row in places]
-        latents = self.losers.of(ids)
-        if self.previous is not None:
-            name = ("previous", self.config.seed, self.iteration)
-            draws = [
-                torch.rand(1, generator=generator_of(*name, epoch, id))
-                for (epoch, _), id in zip(places, ids, strict=True)
-            ]
-            older = torch.cat(draws) < self.config.previous_share
-            if older.any():
-                chosen = [id for id, old in zip(ids, older.tolist(), strict=True) if old]
-                latents[older] = self.previous.of(chosen)
-        return latents
+        if self.previous is None:
+            return self.losers.of(ids)
+        older = from_previous(self.winners.ids, places, self.config, self.iteration)
+        sides = (self.previous if old else self.losers for old in older)
+        return torch.cat([side.of([id]) for side, id in zip(sides, ids, strict=True)])
 
     def errors(self, denoiser: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the denoising errors [B] of winners and losers; both go through the denoiser as one batch."""
@@ -341,9 +375,10 @@ class Trainer:
         if self.average is not None:
             self.average.step(self.weights().values())
         self.optimizer.zero_grad(set_to_none=True)
-        measures = {name: float(self.accelerator.reduce(value, "mean")) for name, value in sums.items()}
+        # The step's only wait for the device.
+        told = self.accelerator.reduce(torch.stack([*sums.values(), norm.to(self.model.device)]), "mean").tolist()
         self.step += 1
-        return measures | {"grad_norm": float(norm), "learning_rate": rate}
+        return dict(zip([*sums, "grad_norm"], told, strict=True)) | {"learning_rate": rate}
 
     def watch(self, measures: dict[str, float]) -> None:
         """Stop a run that ruins real images.

@@ -103,6 +103,11 @@ class Latents:
         """Write one file: ``latents`` [len(ids), C, H, W] as float16."""
         save_file({"latents": latents.half().cpu().contiguous()}, path, metadata={"ids": " ".join(ids)})
 
+    @property
+    def ids(self) -> list[str]:
+        """The ids of all rows, in the files' order."""
+        return list(self._where)
+
     def __contains__(self, id: str) -> bool:
         return id in self._where
 

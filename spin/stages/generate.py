@@ -1,15 +1,25 @@
-"""generate-synthetic: the opponent draws the losers for one shard of the training and validation prompts."""
+"""generate-synthetic: the opponent draws the losers for one shard of the prompts that training will see."""
 
+import shutil
 import tempfile
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spin import tracking
 from spin.config import RunConfig
 from spin.errors import SpinError
 from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iteration, whole_shards
 from spin.stages import Place, logger
-from spin.store import Ref
+from spin.store import Ref, digest_of
+
+if TYPE_CHECKING:
+    from spin.data.dataset import Dataset, Prompt
+
+SECONDS_BETWEEN_PARTS = 120.0
+"""What a killed shard loses at most, beside the batch that it was drawing."""
+PART = "losers.safetensors"
 
 
 def opponent_of(run: Run, iteration: int, for_what: str) -> Ref:
@@ -26,6 +36,18 @@ def shard_stage(iteration: int, shard: int, shards: int) -> str:
     return iteration_stage(iteration, f"generate-{shard:04d}-of-{shards:04d}")
 
 
+def prompts_of(data: "Dataset", config: RunConfig, iteration: int) -> "list[Prompt]":
+    """Return the prompts whose losers ``iteration`` needs: the pairs that training can consume, and the validation's.
+
+    The paper draws the whole data set; with fewer steps than that, what training never sees is left out.
+    """
+    from spin.data.dataset import Prompt
+    from spin.training import consumed
+
+    rows = sorted(consumed(data.ids, config.train, iteration))
+    return [*(Prompt(data.ids[row], data.prompts[row]) for row in rows), *data.validation]
+
+
 def generate(place: Place, iteration: int, shard: int = 0, shards: int = 1) -> Index:
     """Draw and store the losers of one shard, as latents.
 
@@ -40,17 +62,21 @@ def generate(place: Place, iteration: int, shard: int = 0, shards: int = 1) -> I
     stage = shard_stage(iteration, shard, shards)
     opponent = opponent_of(run, iteration, stage)
     dataset = run.need("prepare", stage).outputs["dataset"]
+    train = config.train
     inputs = {
         "opponent": opponent.digest,
         "dataset": dataset.digest,
         "shard": shard,
         "shards": shards,
         "config": config.generate.model_dump(mode="json"),
+        # What decides which pairs are trained on.
+        "order": [train.seed, train.previous_share, *(train.consumes(k) for k in (iteration, iteration + 1))],
     }
     if index := run.find(stage, inputs):
+        _clean(run, stage)
         logger.info("iteration %d: shard %d of %d complete", iteration, shard + 1, shards)
     else:
-        index = _generate(run, config, iteration, shard, shards, opponent, dataset, inputs, clock)
+        index = _generate(run, config, iteration, stage, opponent, dataset, inputs, clock, place.accelerators)
     with tracking.stage(place, stage, iteration) as log:
         log.index(index)
     return index
@@ -60,65 +86,144 @@ def _generate(
     run: Run,
     config: RunConfig,
     iteration: int,
-    shard: int,
-    shards: int,
+    stage: str,
     opponent: Ref,
     dataset: Ref,
     inputs: dict[str, Any],
     clock: Clock,
+    accelerators: int,
 ) -> Index:
     import torch
 
     from spin import models
-    from spin.data.dataset import Dataset, Latents, Prompt
+    from spin.accounting import cost, flops_per_image
+    from spin.data.dataset import Dataset, Latents
     from spin.sampling import batches, fast_precision, roundtrip, sample_latents, shard_batches
     from spin.seeding import noise_of
 
+    shard, shards, options = inputs["shard"], inputs["shards"], config.generate.of_losers
     pairs = Dataset(run.store.get(dataset))
-    prompts = [*(Prompt(*row) for row in zip(pairs.ids, pairs.prompts, strict=True)), *pairs.validation]
-    mine = list(shard_batches(len(prompts), config.generate.batch_size, shard, shards))
+    prompts = prompts_of(pairs, config, iteration) if config.train.needs_losers else []
+    mine = list(shard_batches(len(prompts), options.batch_size, shard, shards))
     if not config.train.needs_losers:
         logger.info("iteration %d: %s needs no losers, none are drawn", iteration, config.train.objective)
-        mine = []
+    progress = _Progress(run, stage, digest_of(inputs))
+    drawn, ids, total = [], [], sum(len(rows) for rows in mine)
+    if files := progress.files():
+        kept = Latents(files)
+        ids = kept.ids
+        drawn.append(kept.of(ids))
+        logger.info("iteration %d: shard %d of %d: going on after %d images", iteration, shard + 1, shards, len(ids))
+    spent: dict[str, float] = {}
     if mine:
         model = models.load(run.store.get(opponent))
+        model.compile_for(config.compile, total)
         precision = fast_precision(model.device)
-    drawn, ids, total = [], [], sum(len(rows) for rows in mine)
-    for rows in mine:
-        names = [prompts[row].id for row in rows]
-        noise = torch.stack(
-            [noise_of(pairs.latents_shape, "generate", config.generate.seed, iteration, id) for id in names]
-        )
-        latents = sample_latents(
-            model, [prompts[row].prompt for row in rows], noise, config.generate.of_losers, precision
-        )
-        if config.generate.roundtrip:
-            latents = roundtrip(model, latents, precision)
-        drawn.append(latents.cpu())
-        ids += names
-        logger.info(
-            "iteration %d: shard %d of %d: %d of %d images, %.1f images/s",
-            iteration,
-            shard + 1,
-            shards,
-            len(ids),
-            total,
-            len(ids) / max(clock.seconds, 1e-3),
-        )
-    with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
+        flops = flops_per_image(model, pairs.latents_shape, options, decoded=False)
+    with tempfile.TemporaryDirectory(prefix="spin-") as scratch, ThreadPoolExecutor(1) as uploads:
+        fresh, since = len(drawn), time.monotonic()
+        upload: Future[None] | None = None
+        for number, rows in enumerate(mine[progress.batches :], progress.batches + 1):
+            names = [prompts[row].id for row in rows]
+            noise = torch.stack(
+                [noise_of(pairs.latents_shape, "generate", options.seed, iteration, id) for id in names]
+            )
+            latents = sample_latents(model, [prompts[row].prompt for row in rows], noise, options, precision)
+            if options.roundtrip:
+                latents = roundtrip(model, latents, precision)
+            drawn.append(latents.cpu())
+            ids += names
+            logger.info(
+                "iteration %d: shard %d of %d: %d of %d images, %.1f images/s",
+                iteration,
+                shard + 1,
+                shards,
+                len(ids),
+                total,
+                len(ids) / max(progress.before + clock.seconds, 1e-3),
+            )
+            if time.monotonic() - since > SECONDS_BETWEEN_PARTS and number < len(mine):
+                # The next batch is drawn beside the upload.
+                part = torch.cat(drawn[fresh:])
+                if upload:
+                    upload.result()
+                folder = Path(scratch) / f"part-{number:06d}"
+                folder.mkdir()
+                Latents.write(folder / PART, ids[-len(part) :], part)
+                upload = uploads.submit(progress.keep, folder, number, clock.seconds)
+                fresh, since = len(drawn), time.monotonic()
+        if upload:
+            upload.result()
         path = Path(scratch) / "losers.safetensors"
-        latents = torch.cat(drawn) if drawn else torch.zeros(0, *pairs.latents_shape)
-        Latents.write(path, ids, latents)
+        Latents.write(path, ids, torch.cat(drawn) if drawn else torch.zeros(0, *pairs.latents_shape))
         losers = run.store.put_file(path)
-    return run.finish(
+    seconds = round(progress.before + clock.seconds, 2)
+    if mine:
+        spent = cost(model.device, precision, flops, len(ids), seconds, accelerators)
+    index = run.finish(
         Index(
-            stage=shard_stage(iteration, shard, shards),
+            stage=stage,
             iteration=iteration,
             inputs=inputs,
             outputs={"losers": losers},
-            facts={"batches": len(mine), "batches_in_all": len(batches(len(prompts), config.generate.batch_size))},
-            seconds=clock.seconds,
+            facts={
+                "batches": len(mine),
+                "batches_in_all": len(batches(len(prompts), options.batch_size)),
+                "left_out": len(pairs) + len(pairs.validation) - len(prompts) if prompts else 0,
+            },
+            seconds=seconds,
             items=len(ids),
+            cost=spent,
             producer=producer(),
         )
     )
+    _clean(run, stage)
+    return index
+
+
+class _Progress:
+    """The parts of a shard that are stored already.
+
+    Attributes:
+        parts, batches: what they are, and how many batches they hold.
+        before: seconds that earlier attempts spent on them.
+    """
+
+    def __init__(self, run: Run, stage: str, identity: str):
+        self.run, self.stage, self.identity = run, stage, identity
+        self.parts: list[Ref] = []
+        self.batches, self.before = 0, 0.0
+        found = run.read_progress(stage)
+        if found and found["inputs"] == identity:
+            self.parts = [Ref.model_validate(part) for part in found["parts"]]
+            self.batches, self.before = found["batches"], found["seconds"]
+
+    def files(self) -> list[Path]:
+        """Return the files of the parts; none where they cannot be read any more."""
+        try:
+            return [self.run.store.get(part) / PART for part in self.parts]
+        except SpinError as error:
+            logger.warning("%s: starting anew, a part cannot be read (%s)", self.stage, error)
+            self.parts, self.batches, self.before = [], 0, 0.0
+            return []
+
+    def keep(self, folder: Path, batches: int, seconds: float) -> None:
+        """Store one more part, with which ``batches`` are done."""
+        self.parts.append(self.run.store.put_folder(folder))
+        shutil.rmtree(folder)
+        parts = [part.model_dump(mode="json") for part in self.parts]
+        spent = round(self.before + seconds, 2)
+        self.run.write_progress(
+            self.stage, {"inputs": self.identity, "parts": parts, "batches": batches, "seconds": spent}
+        )
+
+
+def _clean(run: Run, stage: str) -> None:
+    """Remove the parts of a finished shard; a store that forbids it costs space, not the run."""
+    if progress := run.read_progress(stage):
+        try:
+            for part in progress["parts"]:
+                run.store.remove(Ref.model_validate(part))
+            run.drop_progress(stage)
+        except SpinError as error:
+            logger.warning("parts of %s stay in the store (%s)", stage, error)

@@ -62,6 +62,7 @@ def prepare(
 
 def _prepare(run: Run, config: RunConfig, inputs: dict[str, Any], clock: Clock) -> Index:
     from spin import models
+    from spin.sampling import solver
     from spin.scorers.clip import Clip
     from spin.training import process_for
 
@@ -72,6 +73,7 @@ def _prepare(run: Run, config: RunConfig, inputs: dict[str, Any], clock: Clock) 
     model = models.load(folder)
     shape = model.latents_shape(config.data.resolution)
     process_for(config.train, model.scheduler_config)
+    solver(model, config.generate, shape[-1])
     # A judge that does not load would be noticed only when the first player is scored.
     Clip(config.score.clip_model, model.device)
     with tempfile.TemporaryDirectory(prefix="spin-") as scratch:

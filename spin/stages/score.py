@@ -44,7 +44,7 @@ def score(place: Place, iteration: int) -> Scored:
     else:
         from spin.scoring import score_player
 
-        index = score_player(run, config, iteration, stage, player, dataset, earlier, inputs, clock)
+        index = score_player(run, config, iteration, stage, player, dataset, earlier, inputs, clock, place.accelerators)
     rows, verdicts = [*earlier, index], [verdict_of(stage) for stage in trained]
     sheet = run.store.get(index.outputs["sheet"])
     result = Scored(index, report.html(run.key, rows, verdicts, sheet), report.markdown(run.key, rows, verdicts))

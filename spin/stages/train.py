@@ -76,7 +76,10 @@ def train(place: Place, iteration: int, shards: int = 1, processes: int = 0) -> 
         place = replace(place, tracking_uri="")
     with tracking.stage(place, stage, iteration, system_metrics=index is None) as log:
         if index is None:
-            index = _train(run, config, iteration, stage, opponent, dataset, losers, previous, inputs, clock, log)
+            accelerators = max(place.accelerators, processes)
+            index = _train(
+                run, config, iteration, stage, opponent, dataset, losers, previous, inputs, clock, log, accelerators
+            )
         logger.info("iteration %d: %s, %s", iteration, *verdict_of(index))
         history = run.store.get(index.outputs["history"]).read_text().splitlines()
         log.curves([json.loads(line) for line in history])
@@ -96,9 +99,11 @@ def _train(
     inputs: dict[str, Any],
     clock: Clock,
     log: tracking.StageLog,
+    accelerators: int,
 ) -> Index:
     beta = config.train.of(iteration)[0]
     from spin import models
+    from spin.accounting import cost, flops_per_pair
     from spin.data.dataset import Dataset, Latents
     from spin.instruments import errors_on_grid, gradient_snr, measure, verdict
     from spin.sampling import fast_precision
@@ -112,6 +117,7 @@ def _train(
         return Latents([run.store.get(ref) for ref in refs]) if refs else None
 
     winners = Dataset(run.store.get(dataset))
+    flops = flops_per_pair(model, winners.latents_shape, config.train)
     trainer = Trainer(
         model,
         winners,
@@ -120,6 +126,7 @@ def _train(
         iteration,
         fast_precision(model.device),
         latents(previous),
+        models.compiles(config.compile, model.device, config.train.consumes(iteration)),
     )
     identity = digest_of(inputs)
     progress = run.read_progress(stage)
@@ -214,6 +221,7 @@ def _train(
     if rows:
         facts["first_loss"] = rows[0]["loss"]
         facts |= {f"final_{name}": value for name, value in rows[-1].items() if name != "step"}
+    seconds, items = round(before + clock.seconds, 2), trainer.step * config.train.batch_size
     index = run.finish(
         Index(
             stage=stage,
@@ -221,8 +229,9 @@ def _train(
             inputs=inputs,
             outputs=outputs,
             facts=facts | {"verdict": word, "reason": reason},
-            seconds=round(before + clock.seconds, 2),
-            items=trainer.step * config.train.batch_size,
+            seconds=seconds,
+            items=items,
+            cost=cost(model.device, trainer.precision, flops, items, seconds, accelerators),
             producer=producer(),
         )
     )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spin import models
-from spin.budget import passes, passes_per_pair, steps_for
+from spin.budget import passes, passes_per_image, passes_per_pair, steps_for
 from spin.config import RunConfig, override
 from spin.data.dataset import Dataset, Latents
 from spin.presets import preset
@@ -31,7 +31,7 @@ def config(**train: object) -> RunConfig:
 )
 def test_passes_are_those_of_a_real_step(tmp_path: Path, train: dict[str, Any], expected: int) -> None:
     options = config(**train)
-    assert passes_per_pair(options) == expected
+    assert passes_per_pair(options.train) == expected
     data = Dataset(tiny.dataset(tmp_path / "data", pairs=4))
     paired = options.train.needs_losers or options.train.needs_pairs
     losers = Latents([tiny.losers(tmp_path / "losers.safetensors", data.ids)]) if paired else None
@@ -49,17 +49,31 @@ def test_passes_are_those_of_a_real_step(tmp_path: Path, train: dict[str, Any], 
 
 
 def test_a_run_is_its_steps_and_its_losers() -> None:
-    # 2 iterations of 10 and 20 steps, 4 pairs of 8 passes; 100 losers each of 20 steps, two passes for guidance.
-    assert passes(config(steps=[10, 20]), pairs=100, iterations=2) == 30 * 4 * 8 + 2 * 100 * 40
+    # 2 iterations of 10 and 20 steps, 4 pairs of 8 passes; losers of 20 steps, two passes for guidance: of the 40
+    # pairs that the first trains on, and of all 60 in the second.
+    assert passes(config(steps=[10, 20]), pairs=60, iterations=2) == 30 * 4 * 8 + (40 + 60) * 40
     unguided = override(config(steps=[10]), {"generate": {"opponent_guidance": 1}})
     assert passes(unguided, pairs=100, iterations=1) == 10 * 4 * 8 + 100 * 20
     assert passes(config(objective="sft"), pairs=100, iterations=1) == 10 * 4 * 3
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 40),
+        ({"guidance_scale": 1}, 20),
+        ({"guidance_interval": [0.25, 0.75]}, 30),
+        ({"solver": "pndm", "num_inference_steps": 50}, 102),
+    ],
+)
+def test_passes_of_an_image(options: dict[str, Any], expected: int) -> None:
+    assert passes_per_image(override(config(), {"generate": options}).generate) == expected
+
+
 def test_steps_for_a_budget() -> None:
     budget = passes(config(), pairs=100, iterations=3)
     steps = steps_for(config(objective="sft"), 100, budget)
-    assert steps == (3 * 10 * 4 * 8 + 3 * 100 * 40) // 12
+    assert steps == (3 * 10 * 4 * 8 + 3 * 40 * 40) // 12
     assert passes(config(objective="sft", steps=[steps]), 100, 1) <= budget
     assert steps_for(config(), 100, budget) == (budget - 4000) // 32
     assert steps_for(config(), 100, 0) == 1

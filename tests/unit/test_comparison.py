@@ -33,7 +33,8 @@ def scored(folder: Path, name: str, mean: float, seed: int) -> Index:
 
 
 def stage(name: str, **values: Any) -> Index:
-    known = {"inputs": {}, "outputs": {}, "facts": {}, "seconds": 36.0, "items": 8, "producer": {}}
+    known = {"inputs": {}, "outputs": {}, "facts": {}, "seconds": 36.0, "items": 8, "producer": {},
+             "cost": {"flops": 36e12, "mfu": 0.5 if name == "train" else 0.25}}  # fmt: skip
     return Index.model_construct(stage=f"iteration-001/{name}", iteration=1, **(known | values))
 
 
@@ -159,7 +160,7 @@ def test_a_seed_whose_play_has_ended_counts_with_its_last_scores(run: Run, rows:
 
 def test_costs_are_means_over_seeds(rows: list[Row]) -> None:
     sft, _ = costs(rows, accelerators=8)
-    assert sft["train"] == {"seconds": 72.0, "items": 8, "accelerator_hours": 0.16}
+    assert sft["train"] == {"seconds": 72.0, "items": 8, "accelerator_hours": 0.16, "mfu": 0.5}
     assert sft["generate"]["seconds"] == 36.0
     assert costs(rows, accelerators=0)[0]["train"]["accelerator_hours"] == 0.02, "a CPU counts as one"
 
@@ -176,5 +177,5 @@ def test_the_report_shows_every_row_and_the_choice(run: Run, rows: list[Row]) ->
     text = comparison("run", rows[0].scores[0], stage("comparison", facts=facts))
     assert "| spin 1 (best on validation) | 2" in text
     assert f"| {100 * lines[2]['gain_share']:+.0f} % |" in text
-    assert "| sft | 36 s, 8 | 72 s, 8 | 36 s, 8 | 0.030 |" in text
+    assert "| sft | 36 s, 8 | 72 s, 8 | 36 s, 8 | 25 % / 50 % / 25 % | 0.030 |" in text
     assert "30 test prompts, 2 image(s) each, 2 training seed(s)" in text

@@ -101,7 +101,7 @@ def test_measuring_leaves_training_as_it_was(world: Path, rank: int) -> None:
 
 def test_gradient_snr_is_the_ratio_of_its_definition(world: Path) -> None:
     """Against the same figures from whole gradient vectors."""
-    player = trainer(world, micro_batch_size=4)
+    player = trainer(world, micro_batch_size=4, steps=[4])
     got = gradient_snr(player)
     places = order(player.winners.ids, 0, 1, 0, GRADIENTS * 4)
     rows = []
@@ -112,6 +112,15 @@ def test_gradient_snr_is_the_ratio_of_its_definition(world: Path) -> None:
     gradients = torch.stack(rows)
     noise = gradients.var(0, unbiased=True).sum() / len(rows)
     assert got == pytest.approx(float(gradients.mean(0).square().sum() / noise), rel=1e-4)
+
+
+def test_gradients_are_those_of_pairs_that_are_trained_on(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may have no loser; two micro-batches, of one step of eight pairs, are the fewest that tell."""
+    player, asked = trainer(world, micro_batch_size=4), []
+    monkeypatch.setattr(player, "batch", lambda places, draw=player.batch: asked.append(places) or draw(places))
+    assert gradient_snr(player) is not None
+    assert [place for places in asked for place in places] == order(player.winners.ids, 0, 1, 0, 8)
+    assert gradient_snr(trainer(world)) is None
 
 
 # --- the verdict

@@ -3,6 +3,8 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,28 @@ from diffusers import (
 
 from spin import models
 from spin.config import GenerateConfig
+from spin.errors import SpinError
 from spin.models import Model
-from spin.sampling import autocast, batches, decode, fast_precision, roundtrip, sample_latents, shard_batches
+from spin.sampling import (
+    SOLVERS,
+    autocast,
+    batches,
+    decode,
+    fast_precision,
+    roundtrip,
+    sample_latents,
+    shard_batches,
+    solver,
+)
 from spin.seeding import noise_of
 from tests import tiny
 
 CPU = torch.device("cpu")
 PROMPTS = ["red cat", "a hat", "0", "dog, blue"]
-TOLERANCE = 1e-4
+TOLERANCE = 5e-4
 """Absolute, in float32, of latents of up to 50 (an untrained denoiser leaves the first noise at its full scale).
-Both sides do the same sums, in another grouping; a wrong step, guidance or schedule shows a thousandfold (see the tests
-that expect a difference)."""
+Both sides do the same sums, in another grouping and memory layout; a wrong step, guidance or schedule shows a
+hundredfold (see the tests that expect a difference)."""
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +84,7 @@ def equals_stock(folder: Path, family: str, steps: int, guidance: float) -> None
     )
     torch.testing.assert_close(ours, stock(folder, PROMPTS, start, steps, guidance), rtol=0, atol=TOLERANCE)
     assert ours.dtype == torch.float32
-    assert float((ours - start).abs().max()) > 1000 * TOLERANCE
+    assert float((ours - start).abs().max()) > 200 * TOLERANCE
 
 
 @pytest.mark.parametrize(("steps", "guidance"), [(20, 3.5), (3, 3.5), (3, 1.0), (1, 7.5)])
@@ -94,7 +107,7 @@ def test_sdxl_may_compare_with_the_encoded_empty_prompt(made: Callable[[str], Pa
         sample_latents(models.load(folder, CPU), PROMPTS, start, config(), "fp32")
         for folder in (tmp_path / "base", made("sdxl"))
     )
-    assert float((one - other).abs().max()) > 100 * TOLERANCE
+    assert float((one - other).abs().max()) > 20 * TOLERANCE
 
 
 def test_a_flow_may_be_shifted_by_resolution(made: Callable[[str], Path], tmp_path: Path) -> None:
@@ -128,6 +141,49 @@ def test_a_folder_with_the_scheduler_of_sd15(base: Path, tmp_path: Path) -> None
     torch.testing.assert_close(ours, stock(folder, PROMPTS, start, 3, 3.5), rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_solver_draws_what_diffusers_draws(model: Model, base: Path, name: str) -> None:
+    start, options = noise(*PROMPTS), {"num_inference_steps": 5, "solver": name}
+    found = sample_latents(model, PROMPTS, start, config(**options), "fp32")
+    pipeline = DiffusionPipeline.from_pretrained(base)
+    kind, own = SOLVERS[name]
+    pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **own)
+    pipeline.set_progress_bar_config(disable=True)
+    wanted = pipeline(
+        PROMPTS, latents=start, num_inference_steps=5, guidance_scale=3.5, height=tiny.RESOLUTION,
+        width=tiny.RESOLUTION, output_type="latent",
+    ).images  # fmt: skip
+    torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE)
+    fewer = sample_latents(model, PROMPTS, start, config(**{**options, "num_inference_steps": 4}), "fp32")
+    assert float((found - fewer).abs().max()) > 20 * TOLERANCE
+
+
+def test_a_flow_has_one_solver(made: Callable[[str], Path]) -> None:
+    flow = models.load(made("sd3"), CPU)
+    with pytest.raises(SpinError, match=r"^expected generate.solver auto or euler for a flow model, got 'ddim'; "):
+        solver(flow, config(solver="ddim"), 8)
+    assert type(solver(flow, config(solver="euler"), 8)) is type(solver(flow, config(), 8))
+
+
+def test_guidance_in_an_interval(model: Model) -> None:
+    shapes: list[int] = []
+    hook = model.denoiser.register_forward_pre_hook(lambda _, inputs: shapes.append(len(inputs[0])))
+    start = noise(*PROMPTS)
+
+    def draw(*interval: float) -> torch.Tensor:
+        return sample_latents(model, PROMPTS, start, config(num_inference_steps=4, guidance_interval=interval), "fp32")
+
+    try:
+        part = draw(0.25, 0.75)
+    finally:
+        hook.remove()
+    assert shapes == [4, 8, 8, 4]
+    none = sample_latents(model, PROMPTS, start, config(num_inference_steps=4, guidance_scale=1), "fp32")
+    torch.testing.assert_close(draw(0, 0), none, rtol=0, atol=0)
+    assert not torch.allclose(part, none, atol=TOLERANCE)
+    assert not torch.allclose(part, draw(0, 1), atol=TOLERANCE)
+
+
 def test_steps_guidance_prompt_and_noise_all_matter(model: Model) -> None:
     start = noise(*PROMPTS)
     wanted = sample_latents(model, PROMPTS, start, config(), "fp32")
@@ -137,7 +193,7 @@ def test_steps_guidance_prompt_and_noise_all_matter(model: Model) -> None:
         sample_latents(model, PROMPTS[::-1], start, config(), "fp32"),
         sample_latents(model, PROMPTS, start.flip(0), config(), "fp32"),
     ):
-        assert float((other - wanted).abs().max()) > 1000 * TOLERANCE
+        assert float((other - wanted).abs().max()) > 200 * TOLERANCE
 
 
 def test_guidance_1_asks_the_denoiser_once_and_more_asks_it_twice(model: Model) -> None:
@@ -152,14 +208,17 @@ def test_guidance_1_asks_the_denoiser_once_and_more_asks_it_twice(model: Model) 
     assert shapes == [4, 4, 4, 8, 8, 8]
 
 
-def test_short_batches_are_padded_to_one_shape(model: Model) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_short_batches_are_padded_to_one_shape_where_it_matters(model: Model, compiled: bool) -> None:
+    """A compiled denoiser would be compiled again for every other shape; else the padding would only cost time."""
     shapes: list[int] = []
     hook = model.denoiser.register_forward_pre_hook(lambda _, inputs: shapes.append(len(inputs[0])))
+    marked = replace(model, compiled=compiled)
     try:
-        found = [sample_latents(model, PROMPTS[:n], noise(*PROMPTS[:n]), config(), "fp32") for n in (4, 3, 1)]
+        found = [sample_latents(marked, PROMPTS[:n], noise(*PROMPTS[:n]), config(), "fp32") for n in (4, 3, 1)]
     finally:
         hook.remove()
-    assert set(shapes) == {8}
+    assert set(shapes) == ({8} if compiled else {8, 6, 2})
     assert [len(latents) for latents in found] == [4, 3, 1]
     torch.testing.assert_close(found[1], found[0][:3], rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(found[2], found[0][:1], rtol=0, atol=TOLERANCE)
@@ -196,6 +255,21 @@ def test_shards_give_the_same_bits_as_one_process(model: Model) -> None:
     dealt = {i: x for shard in (1, 0) for rows in shard_batches(5, 2, shard, 2) for i, x in draw(rows).items()}
     assert whole.keys() == dealt.keys() == set(range(5))
     assert all(torch.equal(whole[i], dealt[i]) for i in whole)
+
+
+def test_compiled_is_the_same(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The denoiser is captured whole; what a backend makes of that is the benchmarks' to compare."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    start, options = noise(*PROMPTS), config(num_inference_steps=2)
+    plain, compiled = models.load(base, CPU), models.load(base, CPU)
+    compiled.compile_for("auto", 10**9)
+    assert not compiled.compiled, "automatic means CUDA"
+    compiled.compile_for("on", 1)
+    assert compiled.compiled
+    found = sample_latents(compiled, PROMPTS[:3], start[:3], options, "fp32")
+    wanted = sample_latents(plain, PROMPTS[:3], start[:3], options, "fp32")
+    torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE)
+    assert compiled.denoiser.state_dict().keys() == plain.denoiser.state_dict().keys()
 
 
 def test_bfloat16_is_close_but_not_the_same(model: Model) -> None:

@@ -4,6 +4,7 @@ import copy
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from spin.families import Conditioning
 from spin.presets import preset
 from spin.seeding import noise_of
 from spin.selection import Selection
-from spin.training import Diverged, Stopped, Trainer, learning_rate, order
+from spin.training import Diverged, Stopped, Trainer, consumed, from_previous, learning_rate, order
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -173,6 +174,73 @@ def test_training_tells_winners_from_losers(world: Path, monkeypatch: pytest.Mon
     assert [row["loss"] for row in history] == sorted((row["loss"] for row in history), reverse=True)
     assert history[-1]["loss"] < LN2 / 4
     assert history[-1]["implicit_accuracy"] == 1.0
+
+
+# --- the losers that are needed
+
+
+def test_only_what_is_trained_on_is_needed(world: Path) -> None:
+    ids = Dataset(world / "data").ids
+    config = TrainConfig(steps=(2, 4), batch_size=4, micro_batch_size=4, decay_steps=0)
+    rows = consumed(ids, config, 1)
+    assert rows == {row for _, row in order(ids, config.seed, 1, 0, 8)}
+    assert len(rows) == 8 < len(ids)
+    assert consumed(ids, config, 2) != rows
+    assert consumed(ids, config.model_copy(update={"steps": (9,)}), 1) == set(range(len(ids))), "more than one epoch"
+
+
+def test_what_the_next_iteration_takes_is_needed_too(world: Path) -> None:
+    ids = Dataset(world / "data").ids
+    config = TrainConfig(steps=(2,), batch_size=4, micro_batch_size=4, decay_steps=0, previous_share=0.5)
+    own = consumed(ids, config.model_copy(update={"previous_share": 0.0}), 1)
+    following = order(ids, config.seed, 2, 0, 8)
+    older = {row for (_, row), old in zip(following, from_previous(ids, following, config, 2), strict=True) if old}
+    assert older - own
+    assert consumed(ids, config, 1) == own | older
+
+
+def test_a_trainer_needs_no_other_losers(world: Path, tmp_path: Path) -> None:
+    """Steps with the needed losers alone equal those with all of them; with one fewer there are none."""
+    data = Dataset(world / "data")
+    whole = trainer(world, steps=[2])
+    rows = sorted(consumed(data.ids, whole.config, 1))
+    ids = [data.ids[row] for row in rows]
+    assert len(ids) == 16
+    all_of_them = Latents([world / "losers.safetensors"])
+    Latents.write(tmp_path / "few.safetensors", ids, all_of_them.of(ids))
+    few = Trainer(
+        models.load(world / "base", CPU), data, Latents([tmp_path / "few.safetensors"]), whole.config, 1, "fp32"
+    )
+    assert [few.train_step() for _ in range(2)] == [whole.train_step() for _ in range(2)]
+    Latents.write(tmp_path / "fewer.safetensors", ids[1:], all_of_them.of(ids[1:]))
+    with pytest.raises(SpinError, match=rf"^expected a loser for every pair, got none for 1, e.g. {ids[0]}; generate$"):
+        Trainer(
+            models.load(world / "base", CPU), data, Latents([tmp_path / "fewer.safetensors"]), whole.config, 1, "fp32"
+        )
+
+
+def test_a_compiled_step_is_the_same_step(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The networks are captured whole; what a backend makes of that is the benchmarks' to compare."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    plain = trainer(world)
+    compiled = Trainer(
+        models.load(world / "base", CPU), plain.winners, plain.losers, plain.config, 1, "fp32", compiled=True
+    )
+    one, other = plain.train_step(), compiled.train_step()
+    assert other == pytest.approx(one, rel=1e-4, abs=1e-6)
+    assert weights(compiled).keys() == weights(plain).keys()
+
+
+def test_bfloat16_stays_near_float32(world: Path) -> None:
+    """Errors are taken in float32 of rounded predictions: 2^-8 each, of a loss that starts at the same ln 2."""
+    exact, rough = (
+        trainer(world, precision=precision, beta=[100], learning_rate=1e-4) for precision in ("fp32", "bf16")
+    )
+    pairs = [(exact.train_step(), rough.train_step()) for _ in range(3)]
+    assert pairs[0][0]["loss"] == pairs[0][1]["loss"] == LN2
+    for one, other in pairs:
+        assert other["loss"] == pytest.approx(one["loss"], rel=0.05)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=0.1)
 
 
 # --- what a pair sees

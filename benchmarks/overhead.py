@@ -1,0 +1,77 @@
+"""What orchestration costs: the local pipeline's wall time outside stage work; the compiled file's size and time.
+
+python -m benchmarks.overhead                      run the demo anew (minutes) and account for its time
+python -m benchmarks.overhead --folder build/demo  account for a demo that has been run
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from benchmarks.measure import console, keep
+from spin.models import best_device
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def compiled(iterations: int, folder: Path) -> dict[str, float]:
+    """Return seconds and bytes of compiling the pipeline with another default of ``iterations``."""
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
+        "from pipelines.spin import CHOICES, spin_diffusion; from pipelines.compiled import compile_pipeline\n"
+        "spin_diffusion.component_spec.inputs['iterations'].default = int(sys.argv[2])\n"
+        "started = time.perf_counter(); compile_pipeline(spin_diffusion, CHOICES, Path(sys.argv[3]))\n"
+        "print(time.perf_counter() - started)\n"
+    )
+    path = folder / f"{iterations}.yaml"
+    done = subprocess.run([sys.executable, "-c", code, ROOT, str(iterations), path], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"expected the pipeline to compile, got:\n{done.stderr[-2000:]}")
+    spec = next(yaml.safe_load_all(path.read_text()))
+    graphs = [part["dag"] for part in (spec["root"], *spec["components"].values()) if "dag" in part]
+    return {
+        "seconds": round(float(done.stdout.splitlines()[-1]), 3),
+        "bytes": path.stat().st_size,
+        "tasks": sum(len(graph["tasks"]) for graph in graphs),
+    }
+
+
+def accounted(folder: Path) -> dict[str, Any]:
+    """Return where the time of a demo went, from its summary."""
+    summary = json.loads((folder / "summary.json").read_text())
+    stages = sum(phase["seconds"] for phase in summary["phases"].values())
+    wall = summary["seconds"]["pipeline"]
+    return {
+        "pipeline_seconds": wall,
+        "total_seconds": summary["seconds"]["total"],
+        "stage_seconds": round(stages, 1),
+        "phases": summary["phases"],
+        "share_outside_stages": round(1 - stages / wall, 4),
+    }
+
+
+def main(
+    folder: Annotated[Path | None, typer.Option(help="a demo that has been run, from nothing, in one go")] = None,
+) -> None:
+    """Measure and write results/overhead-emoji-<device>.json."""
+    with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
+        started = time.monotonic()
+        files = {iterations: compiled(iterations, Path(scratch)) for iterations in (1, 10, 100)}
+        if folder is None:
+            folder = Path(scratch) / "demo"
+            subprocess.run([sys.executable, ROOT / "pipelines" / "demo.py", "--folder", folder], check=True)
+        result = {"compiled_by_iterations": files, "demo": accounted(folder)}
+    keep("overhead", "emoji", result, best_device())
+    console.print(f"outside stages: {100 * result['demo']['share_outside_stages']:.1f} %", markup=False)
+    console.print(f"({time.monotonic() - started:.0f} s)")
+
+
+if __name__ == "__main__":
+    typer.run(main)
