@@ -67,7 +67,7 @@ def main(
         if folder is None:
             folder = Path(scratch) / "demo"
             subprocess.run([sys.executable, ROOT / "pipelines" / "demo.py", "--folder", folder], check=True)
-        result = {"compiled_by_iterations": files, "demo": accounted(folder)}
+        result: dict[str, Any] = {"compiled_by_iterations": files, "demo": accounted(folder)}
     keep("overhead", "emoji", result, best_device())
     console.print(f"outside stages: {100 * result['demo']['share_outside_stages']:.1f} %", markup=False)
     console.print(f"({time.monotonic() - started:.0f} s)")

@@ -70,7 +70,8 @@ def sampling(size: str, resolution: int, images: int, shards: int) -> dict[str, 
     found = world(size, device)
     place = World(found.size, found.stock, found.model, resolution, found.guidance)
     config = GenerateConfig(num_inference_steps=4, guidance_scale=place.guidance, batch_size=8)
-    prompts, spent = place.prompts(images), []
+    prompts = place.prompts(images)
+    spent: list[float] = []
     for shard in [0, *range(shards)]:
         started = time.perf_counter()
         for rows in shard_batches(images, config.batch_size, shard, shards):

@@ -25,6 +25,7 @@ from spin.accounting import flops_per_encode, flops_per_pair
 from spin.config import TrainConfig
 from spin.data.dataset import Dataset, Latents
 from spin.emoji import concepts, openmoji_svg, render_svg
+from spin.families import Conditioning
 from spin.models import best_device
 from spin.sampling import autocast, fast_precision
 from spin.training import Batch, Trainer, order
@@ -106,7 +107,8 @@ class Plain:
             prediction = self.place.model.predict(self.unet, noisy, timestep, conditioning).float()
         winner, loser = (prediction - target).pow(2).mean(dim=(1, 2, 3)).chunk(2)
         with torch.no_grad():
-            half = type(conditioning)(*(x if x is None else x.to(self.frozen) for x in vars(conditioning).values()))
+            pooled = conditioning.pooled
+            half = Conditioning(conditioning.text.to(self.frozen), None if pooled is None else pooled.to(self.frozen))
             known = self.place.model.predict(self.reference, noisy.to(self.frozen), timestep, half)
             known_winner, known_loser = (known - target).pow(2).mean(dim=(1, 2, 3)).chunk(2)
         inside = -0.5 * BETA * ((winner - loser) - (known_winner - known_loser))

@@ -4,7 +4,7 @@ import base64
 import html as escaping
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw
 
@@ -71,10 +71,34 @@ def caption(rows: Sequence[Index], split: str = "test") -> str:
     )
 
 
-def markdown(run_key: str, rows: Sequence[Index], verdicts: Sequence[tuple[str, str]]) -> str:
-    """Return the result table and each iteration's verdict (from the first) for KFP's Markdown view."""
+def spending(costs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the table of what rows of ``spin.comparison.costs`` took, in Markdown."""
+    phases = ("generate", "train", "score")
+    head = ["model", "generating: time, images", "training: time, pairs", "scoring: time, images", "MFU of the three",
+            "accelerator-hours"]  # fmt: skip
+    body = [
+        [
+            line["title"],
+            *(f"{line[p]['seconds']:.0f} s, {line[p]['items']}" for p in phases),
+            " / ".join(f"{100 * line[p]['mfu']:.0f} %" if line[p].get("mfu") else "-" for p in phases),
+            f"{sum(line[p]['accelerator_hours'] for p in ('generate', 'train')):.3f}",
+        ]
+        for line in costs
+    ]
+    return _grid(head, body)
+
+
+def markdown(
+    run_key: str,
+    rows: Sequence[Index],
+    verdicts: Sequence[tuple[str, str]],
+    costs: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """Return the result table, what it took, and each iteration's verdict (from the first) for KFP's Markdown view."""
     header, body = table(rows)
     lines = [f"# Run {run_key}", "", *_grid(header, body), "", caption(rows), ""]
+    if costs:
+        lines += [*spending(costs), ""]
     lines += [f"- {row_name(k)}: **{word}**, {reason}" for k, (word, reason) in enumerate(verdicts, 1)]
     return "\n".join([*lines, ""])
 
@@ -95,15 +119,6 @@ def comparison(run_key: str, base: Index, compared: Index) -> str:
         ]
         for line in lines
     ]
-    phases = ("generate", "train", "score")
-    spent = [
-        [line["title"], *(f"{line[p]['seconds']:.0f} s, {line[p]['items']}" for p in phases),
-         " / ".join(f"{100 * line[p]['mfu']:.0f} %" if line[p].get("mfu") else "-" for p in phases),
-         f"{sum(line[p]['accelerator_hours'] for p in ('generate', 'train')):.3f}"]
-        for line in facts["costs"].values()
-    ]  # fmt: skip
-    costs = ["model", "generating: time, images", "training: time, pairs", "scoring: time, images",
-             "MFU of the three", "accelerator-hours"]  # fmt: skip
     note = (
         f"{base.facts['prompts'][split]} {split} prompts, {base.facts['images_per_prompt']} image(s) each, "
         f"{facts['seeds']} training seed(s); 95 % bootstrap intervals over seeds and prompts; ties count half"
@@ -111,7 +126,9 @@ def comparison(run_key: str, base: Index, compared: Index) -> str:
     for line in lines:
         if line["ended"]:
             note += f"; {line['title']}: play had ended before with {line['ended']} seed(s), whose last scores count"
-    return "\n".join([f"# Comparison {run_key}", "", *_grid(head, body), "", note, "", *_grid(costs, spent), ""])
+    return "\n".join(
+        [f"# Comparison {run_key}", "", *_grid(head, body), "", note, "", *spending(list(facts["costs"].values())), ""]
+    )
 
 
 def _grid(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

@@ -77,6 +77,11 @@ def process_for(config: TrainConfig, scheduler_config: Mapping[str, Any]) -> Dif
     return process
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return ``tensor`` on ``device``; a GPU's queue is not waited for, as it would be for memory that can move."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Return the rate of 0-based ``step``: linear warm-up, then constant or linear decay to 0 at ``decay_steps``."""
     if step < config.warmup_steps:
@@ -237,7 +242,7 @@ class Trainer:
 
         def noise_for(*kind: str) -> torch.Tensor:
             rows = [noise_of(shape, *kind, *name, epoch, id) for (epoch, _), id in zip(places, ids, strict=True)]
-            return torch.stack(rows, dim=len(shape) - len(self.winners.latents_shape)).to(device)
+            return sent(torch.stack(rows, dim=len(shape) - len(self.winners.latents_shape)), device)
 
         noise = noise_for()
         draws = [generator_of("timestep", *name, epoch, id) for (epoch, _), id in zip(places, ids, strict=True)]
@@ -245,11 +250,11 @@ class Trainer:
         dropped = torch.cat([torch.rand(1, generator=draw) for draw in draws]) < self.config.prompt_dropout
         prompts = ["" if drop else self.winners.prompts[row] for drop, (_, row) in zip(dropped, places, strict=True)]
         return Batch(
-            self.winners.winners(ids).to(device),
-            None if self.losers is None else self.losers_of(places).to(device),
+            sent(self.winners.winners(ids), device),
+            None if self.losers is None else sent(self.losers_of(places), device),
             noise,
             noise if self.config.shared_noise else noise_for("loser"),
-            timestep.to(device),
+            sent(timestep, device),
             # A dropped prompt must become what guidance will compare with, or the player's empty half stays untrained.
             self.embed(prompts),
         )

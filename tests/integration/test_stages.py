@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import spin.sampling
 from spin import models
 from spin.data.dataset import Dataset
 from spin.errors import SpinError
@@ -103,6 +104,8 @@ def test_every_stage_leaves_an_index(world: World, played: Played) -> None:
         assert index.seconds > 0
         assert index.items > 0
         assert index.producer["commit"] == "c0ffee"
+        assert bool(index.cost) == bool(re.search("generate|train|score", stage))
+        assert all(value > 0 for value in index.cost.values())
         assert all(index.producer[name] for name in ("spin", "torch", "diffusers", "host", "device", "finished"))
 
 
@@ -253,7 +256,10 @@ def test_rerun_computes_nothing(world: World, played: Played, monkeypatch: pytes
 def test_reports_of_a_rerun_are_the_same(world: World, played: Played) -> None:
     one, other = (score(world.place(played.place.run_key), 2) for _ in range(2))
     assert (one.html, one.markdown) == (other.html, other.markdown)
-    assert one.markdown.count("| iteration") == 2
+    assert one.markdown.count("| iteration") == 4, "what they score, and what they took"
+    assert re.search(
+        r"\| iteration 2 \| \d+ s, \d+ \| \d+ s, 24 \| \d+ s, \d+ \| \d+ % / \d+ % / \d+ % \|", one.markdown
+    )
     assert "data:image/png;base64," in one.html
 
 
@@ -335,6 +341,45 @@ def test_losers_hear_the_guidance_of_the_opponent(world: World, played: Played) 
 
 class Interrupted(Exception):
     pass
+
+
+def test_only_pairs_that_are_trained_on_are_drawn(world: World) -> None:
+    """One step of eight: their losers and the validation's, the same for any number of shards."""
+    place = shared(world, "lazy", steps=[1])
+    drawn = {n: [generate(place, 1, shard, n) for shard in range(n)] for n in (1, 3)}
+    data = Dataset(world.store().get(world.run("lazy").need("prepare", "test").outputs["dataset"]))
+    one, three = (losers(world, indexes) for indexes in drawn.values())
+    assert one == three
+    assert len(one.keys() & set(data.ids)) == 8 < len(data)
+    assert {row.id for row in data.validation} <= one.keys()
+    assert drawn[1][0].facts["left_out"] == len(data) - 8
+    players = [train(place, 1, n) for n in drawn]
+    assert players[0].outputs == players[1].outputs
+    assert players[0].items == 8
+
+
+def test_a_killed_shard_goes_on_where_it_was(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = generate(shared(world, "shard-in-one-go"), 1)
+    place, objects = shared(world, "shard-killed"), world.names()
+    monkeypatch.setattr("spin.stages.generate.SECONDS_BETWEEN_PARTS", -1.0)
+    write, drawn, sample = Run.write_progress, [], spin.sampling.sample_latents
+
+    def stop(self: Run, stage: str, value: dict[str, Any]) -> None:
+        write(self, stage, value)
+        if value["batches"] == 2:
+            raise Interrupted
+
+    monkeypatch.setattr(Run, "write_progress", stop)
+    with pytest.raises(Interrupted):
+        generate(place, 1)
+    monkeypatch.setattr(Run, "write_progress", write)
+    monkeypatch.setattr("spin.sampling.sample_latents", lambda *given: drawn.append(given[1]) or sample(*given))
+    resumed = generate(place, 1)
+    assert resumed.outputs == whole.outputs
+    assert resumed.items == whole.items
+    assert len(drawn) == whole.facts["batches"] - 2 > 0
+    assert world.names() == objects, "no part is left"
+    assert not [name for name in world.documents("shard-killed") if "progress" in name]
 
 
 @pytest.mark.parametrize("training", [{}, {"lora_rank": 2}], ids=["full", "lora"])

@@ -74,6 +74,14 @@ def test_markdown(rows: list[Index]) -> None:
     assert caption(rows).startswith("7 held-out test prompts, 2 image(s) each")
 
 
+def test_markdown_says_what_it_took(rows: list[Index]) -> None:
+    phase = {"seconds": 61.4, "items": 512, "mfu": 0.487, "accelerator_hours": 0.25}
+    line = {"title": "iteration 1", "generate": phase, "train": phase, "score": {**phase, "mfu": None}}
+    lines = markdown("run-1", rows, [("improved", "error -2.0 %")], [line]).splitlines()
+    assert "| iteration 1 | 61 s, 512 | 61 s, 512 | 61 s, 512 | 49 % / 49 % / - | 0.500 |" in lines
+    assert lines[-1] == "- iteration 1: **improved**, error -2.0 %"
+
+
 def test_cells_and_names() -> None:
     assert cell("clip_score", None) == "-"
     assert cell("other", estimate(0.5)) == "0.500 [0.250, 0.750]"
