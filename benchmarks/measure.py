@@ -28,20 +28,23 @@ def interleaved(ways: Mapping[str, Callable[[], Any]], device: torch.device, rep
     """Time every way once per round, so that a neighbour's load hits all of them; one round before warms them up.
 
     Returns:
-        Per way: ``seconds`` of every round, ``median`` of them, on CUDA ``peak_gib``, and ``last``, its last result.
+        Per way: ``seconds`` of every round, ``median`` of them, ``wall`` seconds, on CUDA ``peak_gib``, and ``last``,
+        its last result. On a CPU ``seconds`` are those that the processor spent on it, of all threads.
     """
-    told: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in ways}
+    told: dict[str, dict[str, Any]] = {name: {"seconds": [], "wall": []} for name in ways}
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     for turn in range(repeats + 1):
         for name, way in ways.items():
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             finish(device)
-            started = time.perf_counter()
+            began, started = time.perf_counter(), clock()
             told[name]["last"] = way()
             finish(device)
-            seconds = time.perf_counter() - started
+            seconds, wall = clock() - started, time.perf_counter() - began
             if turn:
                 told[name]["seconds"].append(round(seconds, 4))
+                told[name]["wall"].append(round(wall, 4))
                 console.print(f"round {turn} of {repeats}: {name}, {seconds:.2f} s", markup=False)
             if device.type == "cuda":
                 told[name]["peak_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)

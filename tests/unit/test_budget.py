@@ -53,7 +53,7 @@ def test_a_run_is_its_steps_and_its_losers() -> None:
     # pairs that the first trains on, and of all 60 in the second.
     assert passes(config(steps=[10, 20]), pairs=60, iterations=2) == 30 * 4 * 8 + (40 + 60) * 40
     unguided = override(config(steps=[10]), {"generate": {"opponent_guidance": 1}})
-    assert passes(unguided, pairs=100, iterations=1) == 10 * 4 * 8 + 100 * 20
+    assert passes(unguided, pairs=100, iterations=1) == 10 * 4 * 8 + 40 * 20
     assert passes(config(objective="sft"), pairs=100, iterations=1) == 10 * 4 * 3
 
 

@@ -28,8 +28,8 @@ def refusal(overrides: Any) -> str:
         ({"trian": {"beta": [1]}}, "expected a known option, got 'trian'; did you mean 'train'? (in overrides)"),
         (
             {"generate": {"qqqq": 1}},
-            "expected a known option, got 'generate.qqqq'; known: batch_size, guidance_scale, num_inference_steps, "
-            "opponent_guidance, roundtrip, seed (in overrides)",
+            "expected a known option, got 'generate.qqqq'; known: batch_size, guidance_interval, guidance_scale, "
+            "num_inference_steps, opponent_guidance, roundtrip, seed, solver (in overrides)",
         ),
     ],
 )
