@@ -68,7 +68,14 @@ def main(
             # Shards side by side would count twice.
             params, folder = Path(scratch) / "params.yaml", Path(scratch) / "demo"
             params.write_text(yaml.safe_dump({"generate_shards": 1}))
-            command = [sys.executable, ROOT / "pipelines" / "demo.py", "--folder", folder, "--params", params]
+            command = [
+                sys.executable,
+                str(ROOT / "pipelines" / "demo.py"),
+                "--folder",
+                str(folder),
+                "--params",
+                str(params),
+            ]
             subprocess.run(command, check=True)
             result["demo"] = accounted(folder)
             console.print(f"outside stages: {100 * result['demo']['share_outside_stages']:.1f} %", markup=False)
