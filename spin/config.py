@@ -6,6 +6,7 @@ written into the store by ``prepare``; the later stages read it from there, so a
 
 import difflib
 import math
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -250,8 +251,8 @@ def _readable(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     got = first.get("input")
     shown = "" if isinstance(got, dict | BaseModel) else f", got {got!r}"
-    if message.startswith("Input should "):
-        return f"expected {where} to {message.removeprefix('Input should ')}{shown}; change it"
+    if should := re.match(r"(?:Input|Tuple) should (.+?)(?: after validation, .*)?$", message):
+        return f"expected {where} to {should[1]}{shown}; change it"
     return f"{where}: {message}{shown}" if where else message
 
 

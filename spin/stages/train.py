@@ -240,13 +240,15 @@ def _discard(run: Run, checkpoint: Ref) -> None:
 
 
 def _clean(run: Run, stage: str) -> None:
-    """Remove what a finished stage no longer needs: its last checkpoint, and the word of it."""
+    """Remove what a finished stage no longer needs: the word of its last checkpoint, then the checkpoint."""
     if progress := run.read_progress(stage):
-        _discard(run, Ref.model_validate(progress["checkpoint"]))
         try:
             run.drop_progress(stage)
         except SpinError as error:
-            logger.warning("the progress of %s stays in the store (%s)", stage, error)
+            # The word must never name what is gone.
+            logger.warning("the last checkpoint of %s stays in the store (%s)", stage, error)
+        else:
+            _discard(run, Ref.model_validate(progress["checkpoint"]))
 
 
 @contextmanager
