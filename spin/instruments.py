@@ -121,8 +121,12 @@ def measure(opponent: GridErrors, player: GridErrors) -> dict[str, Any]:
     return {**overall, "images": len(change), "by_timestep": columns}
 
 
-def verdict(measures: dict[str, Any]) -> tuple[Verdict, str]:
+def verdict(measures: dict[str, Any], chosen: int | None = None) -> tuple[Verdict, str]:
     """Return the verdict on an iteration and its reason, one line.
+
+    Where a held-out score chose the player, that score decides: ``improved``, or ``converged`` where no step was better
+    than the opponent. The error is told beside it: it rises in a long fine-tuning whose images still get better.
+    ``chosen`` is that step, 0 for the opponent itself. Else:
 
     - ``diverged``: the held-out real images' error rose, surely, by more than ``HARM``.
     - ``improved``: it fell, surely; or the player surely tells unseen real images from its opponent's better than by
@@ -136,6 +140,9 @@ def verdict(measures: dict[str, Any]) -> tuple[Verdict, str]:
     told = f"error on {measures['images']} held-out real images {_percent(change, signed=True)}"
     if accuracy:
         told += f", told from the opponent's {_percent(accuracy)}"
+    if chosen is not None:
+        scored = f"best score at step {chosen}" if chosen else "no step scored better than the opponent"
+        return "improved" if chosen else "converged", f"{scored}, {told}"
     if measures["images"] < FEWEST_IMAGES:
         return "improved", f"{told}: too few images to tell, raise data.held_out_share"
     if change["low"] > HARM:

@@ -87,8 +87,8 @@ class Pipeline:
             kill(process)
         return process.returncode, self.log.read_text()
 
-    def succeed(self) -> str:
-        code, said = self.finish(self.start())
+    def succeed(self, seconds: float = 300) -> str:
+        code, said = self.finish(self.start(), seconds)
         assert code == 0, said[-5000:]
         assert said.splitlines()[-1] == "the pipeline has finished"
         return said

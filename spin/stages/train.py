@@ -189,7 +189,7 @@ def _train(
                     if upload:
                         upload.result()
             held_out = measure(before_training, errors_on_grid(trainer)) | {"gradient_snr": snr}
-            word, reason = verdict(held_out)
+            word, reason = verdict(held_out, selection.best_step if selection else None)
             facts["held_out"] = held_out
         except Stopped:
             kept_step = f"step {trainer.step} is kept" if trainer.step else "no step was finished"
