@@ -94,6 +94,10 @@ class TrainConfig(_Config):
     """Compute type of the denoiser, ``bf16`` where the hardware multiplies it natively; weights and errors stay
     float32."""
     gradient_checkpointing: bool = False
+    sharding: Literal["none", "fsdp"] = "none"
+    """``fsdp`` spreads player, opponent and moments over the processes of the pod (FSDP2), for models that do not fit
+    one accelerator; slower than ``none``, where each process holds all of them. One process alone has nothing to
+    spread."""
     shared_noise: bool = True
     """Winner and loser of a pair get the same noise (as in Diffusion-DPO's code): less variance, the same bound."""
     min_snr: NonNegativeFloat = 0.0
@@ -157,6 +161,15 @@ class TrainConfig(_Config):
                 raise ValueError(
                     f"expected {name} as it is for objective {self.objective}, got {value!r}; it has no use"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _sharded_players_do_not_draw(self) -> Self:
+        # Drawing asks for passes without gradient of which no two processes need the same number.
+        if self.sharding == "fsdp" and self.validate_every:
+            raise ValueError(
+                f"expected validate_every 0 with sharding fsdp, got {self.validate_every}; set steps instead"
+            )
         return self
 
     @model_validator(mode="after")

@@ -197,11 +197,12 @@ def _train(
             raise SystemExit(128 + signal.SIGTERM) from None
         except Diverged as error:
             word, reason = "diverged", str(error)
+        player = trainer.player_denoiser() if "held_out" in facts else None
         if rank():
             trainer.accelerator.wait_for_everyone()
             return run.need(stage, "the end of training")
-        if "held_out" in facts:
-            models.export(folder, trainer.player_denoiser(), work / "model")
+        if player is not None:
+            models.export(folder, player, work / "model")
             outputs["rejected" if word == "diverged" else "model"] = run.store.put_folder(work / "model")
         path = work / "history.jsonl"
         # Seconds differ from run to run; the history's digest should not.

@@ -196,3 +196,8 @@ def test_every_preset_is_valid_and_survives_json(name: str) -> None:
     again = RunConfig.model_validate(json.loads(json.dumps(config.model_dump(mode="json"))))
     assert again == config
     assert override(config, config.model_dump(mode="json")) == config
+
+
+def test_a_sharded_player_is_not_asked_to_draw() -> None:
+    message = refusal({"train": {"sharding": "fsdp", "validate_every": 10}})
+    assert "expected validate_every 0 with sharding fsdp, got 10; set steps instead" in message

@@ -785,6 +785,19 @@ def test_a_selection_goes_on_after_an_interruption(world: Path, tmp_path: Path) 
         assert torch.equal(weights(second)[name], value)
 
 
+def test_the_best_player_is_kept_by_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    weight = {"weight": torch.ones(3)}
+    first = Selection(scores(1), every=1, patience=1)
+    first.consider(0, weight)
+    first.save(tmp_path)
+    monkeypatch.setenv("RANK", "1")
+    other, resumed = Selection(scores(1), every=1, patience=1), Selection(scores(), every=1, patience=1)
+    assert other.consider(0, weight) == 1
+    resumed.load(tmp_path)
+    assert (other.best_step, other._weights) == (resumed.best_step, resumed._weights) == (0, {})
+    assert first._weights.keys() == weight.keys()
+
+
 # --- schedules and orders
 
 
