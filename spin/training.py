@@ -111,6 +111,7 @@ class Trainer:
         losers: the opponent's images of the same prompts; ``None`` where the objective needs none.
         iteration: 1-based; chooses beta and steps.
         previous: the losers of the iteration before, where some are to be mixed in.
+        best: winners that were drawn too, in the real images' place.
 
     Raises:
         SpinError: fewer pairs than one batch, or a loser is missing.
@@ -125,8 +126,9 @@ class Trainer:
         iteration: int,
         precision: str,
         previous: Latents | None = None,
+        best: Latents | None = None,
     ):
-        self.previous = previous
+        self.previous, self.best = previous, best
         self.model, self.winners, self.losers, self.config, self.iteration = model, winners, losers, config, iteration
         self.precision = precision if config.mixed_precision == "bf16" else "fp32"
         self.beta, self.steps = config.of(iteration)
@@ -135,7 +137,7 @@ class Trainer:
                 f"expected at least one batch of pairs ({config.batch_size}), got {len(winners)} in the data set; "
                 "lower train.batch_size or add images"
             )
-        for side in (losers, previous):
+        for side in (losers, previous, best):
             if side is not None and (missing := [id for id in winners.ids if id not in side]):
                 raise SpinError(
                     f"expected a loser for every pair, got none for {len(missing)}, e.g. {missing[0]}; generate"
@@ -213,7 +215,7 @@ class Trainer:
         dropped = torch.cat([torch.rand(1, generator=draw) for draw in draws]) < self.config.prompt_dropout
         prompts = ["" if drop else self.winners.prompts[row] for drop, (_, row) in zip(dropped, places, strict=True)]
         return Batch(
-            self.winners.winners(ids).to(device),
+            (self.winners.winners(ids) if self.best is None else self.best.of(ids)).to(device),
             None if self.losers is None else self.losers_of(places).to(device),
             noise,
             noise if self.config.shared_noise else noise_for("loser"),

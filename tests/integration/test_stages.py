@@ -23,10 +23,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from spin import models
-from spin.data.dataset import Dataset
+from spin.data.dataset import Dataset, Latents
 from spin.errors import SpinError
 from spin.presets import preset
 from spin.run import Index, Run
+from spin.sampling import batches, decode, fast_precision, sample_latents
+from spin.scoring import primary_scorer
+from spin.seeding import noise_of
 from spin.stages import Place
 from spin.stages.generate import generate
 from spin.stages.prepare import prepare
@@ -505,6 +508,57 @@ def test_dpo_learns_from_the_datas_own_pairs(world: World, tmp_path: Path, monke
     assert index.inputs["losers"] == []
     assert history(world, index)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert history(world, index)[1]["margin"] != 0
+
+
+def test_dpo_may_learn_from_pairs_that_a_scorer_ranks(world: World) -> None:
+    place, options = world.place("ranked"), {"objective": "dpo", "pairs": "ranked", "ranked_draws": 3}
+    sources = (str(world.base), str(world.images), tiny.overrides(world.judge, warmup_steps=0, **options))
+    assert refusal(prepare, place, "emoji-cpu", *sources, 2).startswith(
+        "expected 1 iteration for train.objective dpo, "
+    )
+    prepare(place, "emoji-cpu", *sources)
+    one, two = generate(place, 1), [generate(place, 1, shard, 2) for shard in (0, 1)]
+    prepared = world.run("ranked").need("prepare", "")
+    assert one.items == sum(index.items for index in two) == 3 * prepared.items
+    drawn = {side: Latents([world.store().get(one.outputs[side])]) for side in ("winners", "losers")}
+    again = {side: Latents([world.store().get(index.outputs[side]) for index in two]) for side in ("winners", "losers")}
+    data, config = Dataset(world.store().get(prepared.outputs["dataset"])), world.run("ranked").config()
+    model = models.load(world.base)
+    precision, scorer = fast_precision(model.device), primary_scorer(config.score, model.device)
+    best, worst = (drawn[side].of(data.ids) for side in ("winners", "losers"))
+    for side, latents in (("winners", best), ("losers", worst)):
+        assert torch.equal(again[side].of(data.ids), latents)
+
+    def draws(sample: int) -> torch.Tensor:
+        noise = torch.stack([noise_of(data.latents_shape, "generate", 0, 1, id, sample) for id in data.ids])
+        rows = batches(len(data), config.generate.batch_size)
+        parts = [
+            sample_latents(model, [data.prompts[i] for i in part], noise[list(part)], config.generate, precision)
+            for part in rows
+        ]
+        return torch.cat(parts).half().float()
+
+    def scores(latents: torch.Tensor) -> torch.Tensor:
+        images = decode(model, latents, precision).numpy()
+        return scorer.score([Image.fromarray(image) for image in images], data.prompts)
+
+    # Both are of the three draws; the judge sees it as it should, but for the rounding of its images.
+    three = torch.stack([draws(sample) for sample in range(3)])
+    for side in (best, worst):
+        assert bool((three == side).flatten(2).all(-1).any(0).all())
+    every = torch.stack([scores(latents) for latents in three])
+    torch.testing.assert_close(scores(best), every.amax(0), rtol=0, atol=0.5)
+    torch.testing.assert_close(scores(worst), every.amin(0), rtol=0, atol=0.5)
+    assert float((every.amax(0) - every.amin(0)).mean()) > 1
+
+    index = train(place, 1)
+    assert index.inputs["winners"] == [one.outputs["winners"].digest]
+    assert index.inputs["losers"] == [one.outputs["losers"].digest]
+    rows = history(world, index)
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert rows[1]["margin"] != 0
+    # It is judged by its error on real images, which no drawn loser stands beside.
+    assert "implicit_accuracy" not in index.facts["held_out"]
 
 
 def test_dpo_needs_pairs(world: World) -> None:

@@ -93,6 +93,8 @@ def test_micro_batches_must_fill_the_batch() -> None:
         {"objective": "sft", "shared_noise": False},
         {"objective": "sft", "link": "hinge"},
         {"objective": "dpo", "previous_share": 0.5},
+        {"objective": "dpo", "ranked_draws": 8},
+        {"objective": "spin", "pairs": "ranked"},
     ],
 )
 def test_options_without_use_are_refused(options: dict[str, Any]) -> None:

@@ -298,6 +298,14 @@ def test_some_losers_may_be_the_previous_iterations(world: Path, tmp_path: Path)
     assert torch.equal(player.losers_of(places(3, 4)), player.losers_of(places(3, 4)))
 
 
+def test_winners_may_be_drawn_too(world: Path, tmp_path: Path) -> None:
+    data, drawn = Dataset(world / "data"), tmp_path / "winners.safetensors"
+    Latents.write(drawn, data.ids, torch.full((PAIRS, *tiny.LATENTS), 0.5))
+    losers, config = Latents([world / "losers.safetensors"]), TrainConfig(batch_size=8, micro_batch_size=8)
+    player = Trainer(models.load(world / "base", CPU), data, losers, config, 1, "fp32", best=Latents([drawn]))
+    assert set(player.batch(places(3, 4)).winner.flatten().tolist()) == {0.5}
+
+
 # --- what it may depend on
 
 
