@@ -146,15 +146,6 @@ def test_two_processes_train_as_one(
     assert train(world, key, "--processes=2") == together, "finished"
 
 
-def test_two_processes_choose_the_same_player(world: World, begin: Begin) -> None:
-    options = {"validate_every": 1, "patience": 9, "decay_steps": 0}
-    alone = train(world, begin("chosen-by-one", **options))
-    together = train(world, begin("chosen-by-two", **options, micro_batch_size=2), "--processes=2")
-    assert together.facts["best_step"] == alone.facts["best_step"] > 0
-    assert together.facts["validation_score"] == pytest.approx(alone.facts["validation_score"], rel=1e-4)
-    assert farthest(world, alone, together) < 1e-5
-
-
 @pytest.mark.parametrize("training", [{"ema_decay": 0.5}, {"lora_rank": 2}], ids=["full", "lora"])
 def test_a_killed_run_ends_as_if_it_had_not_been(
     world: World, begin: Begin, tmp_path: Path, training: dict[str, Any]
