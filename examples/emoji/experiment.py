@@ -74,6 +74,14 @@ SEARCHES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
             "unguided-roundtrip": {"train": SPIN, "generate": {**UNGUIDED, "roundtrip": True}},
         },
     ),
+    "mild": (
+        3,
+        {
+            "scale0.1": {"train": {**SPIN, **MILD, "loser_gradient_scale": 0.1}},
+            "scale0.3-roundtrip": {"train": {**SPIN, **MILD}, "generate": {"roundtrip": True}},
+            "scale0.5": {"train": {**SPIN, **MILD, "loser_gradient_scale": 0.5}},
+        },
+    ),
 }
 """Rounds of self-play and arms of every search, in the order in which they were made: each builds on the last."""
 
