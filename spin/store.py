@@ -67,13 +67,14 @@ def listing_of(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Return where fetched things are kept: ``SPIN_CACHE``, else the user's cache folder."""
     base = os.environ.get("SPIN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "spin-diffusion")
     return Path(base).expanduser()
 
 
 @contextmanager
-def _arriving(target: Path) -> Iterator[Path]:
+def arriving(target: Path) -> Iterator[Path]:
     """Give a path to fetch a file or folder to; move it to ``target`` once it is whole, leave nothing of a fault."""
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".part-"))
@@ -232,10 +233,10 @@ class Store:
         Raises:
             SpinError: the object is missing or is not what its digest says.
         """
-        target = _cache() / f"{ref.kind}s" / ref.digest
+        target = cache_folder() / f"{ref.kind}s" / ref.digest
         if target.exists():
             return target
-        with _arriving(target) as part:
+        with arriving(target) as part:
             if ref.kind == "file":
                 self._fetch(f"objects/{ref.digest}", part, ref.digest)
             else:
@@ -270,14 +271,14 @@ class Store:
         if not found:
             raise SpinError(f"expected a file or folder, got nothing at {uri} ({self.endpoint}); correct the path")
         target = (
-            _cache()
+            cache_folder()
             / "downloads"
             / digest_of([self.endpoint, bucket, path, found])
             / PurePosixPath(path or bucket).name
         )
         if target.exists():
             return target
-        with _arriving(target.parent) as part:
+        with arriving(target.parent) as part:
             for name in found:
                 inside = PurePosixPath(name.removeprefix(path).lstrip("/"))
                 if ".." in inside.parts:
