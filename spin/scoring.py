@@ -5,7 +5,6 @@ loses the chunk it was at.
 """
 
 import io
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,13 +84,12 @@ def score_player(
                 folder = work / f"chunk-{number:05d}"
                 _write(folder, split, part, draw(model, config, part, data.latents_shape), scorers)
                 progress.add(folder, clock)
-                shutil.rmtree(folder)
                 drawn += len(part)
                 logger.info("iteration %d: scoring, %d of %d images drawn", iteration, drawn, whole)
         names = with_average(config.score.scorers)
         outputs = {}
         for name in ("scores", "images"):
-            _join([run.store.get(ref) / f"{name}.parquet" for ref in progress.chunks], work / f"{name}.parquet")
+            _join([folder / f"{name}.parquet" for folder in progress.folders], work / f"{name}.parquet")
             outputs[name] = run.store.put_file(work / f"{name}.parquet")
         # Evenly over the split: neighbours in a data set are often alike.
         shown = rows["test"][:: max(1, len(rows["test"]) // config.score.sheet_prompts)][: config.score.sheet_prompts]
@@ -141,14 +139,24 @@ class _Progress:
         self.chunks = [Ref.model_validate(ref) for ref in known["chunks"]] if same else []
         self.weights: dict[str, str] = known["weights"] if same else {}
         self._before = float(known["seconds"]) if same else 0.0
+        self.folders: list[Path] = []
+        """Where the chunks are on this machine."""
+        try:
+            self.folders = [run.store.get(ref) for ref in self.chunks]
+        except SpinError as error:
+            logger.warning("%s: starting anew, a chunk cannot be read (%s)", stage, error)
+            self._forget()
         if self.chunks:
             logger.info("%s: going on after %d chunks", stage, len(self.chunks))
+
+    def _forget(self) -> None:
+        self.chunks, self.folders, self._before = [], [], 0.0
 
     def begin(self, weights: dict[str, str]) -> None:
         """Note the digests of the scorers' weights; scores by others are not gone on with."""
         if self.chunks and weights != self.weights:
             logger.warning("%s: starting anew, the scorers' weights are others than before", self.stage)
-            self.chunks, self._before = [], 0.0
+            self._forget()
         self.weights = dict(weights)
 
     def seconds(self, clock: Clock) -> float:
@@ -156,7 +164,10 @@ class _Progress:
 
     def add(self, folder: Path, clock: Clock) -> None:
         """Store a chunk, then the word of it."""
+        # Another run may come to the same images; removing its chunks must not take this one's.
+        (folder / "whose.txt").write_text(f"{self.run.key} {self.stage}")
         self.chunks.append(self.run.store.put_folder(folder))
+        self.folders.append(folder)
         self.run.write_progress(
             self.stage,
             {
