@@ -7,7 +7,7 @@ from urllib.parse import unquote, urlsplit
 import urllib3
 
 from spin.errors import SpinError
-from spin.store import arriving, cache_folder, digest_of, digest_of_file
+from spin.store import digest_of, digest_of_file, kept
 
 MOST_BYTES = 64 * 2**20
 
@@ -21,16 +21,14 @@ def download(url: str, digest: str = "") -> Path:
     Raises:
         SpinError: it is out of reach, too large, or another file than it should be.
     """
-    target = cache_folder() / "files" / (digest or digest_of([url])) / unquote(urlsplit(url).path).rsplit("/", 1)[-1]
-    if target.is_file():
-        return target
-    pool = urllib3.PoolManager(cert_reqs="CERT_REQUIRED", ca_certs=os.environ.get("SSL_CERT_FILE"))
-    with arriving(target) as part:
+
+    def fetch(target: Path) -> None:
+        pool = urllib3.PoolManager(cert_reqs="CERT_REQUIRED", ca_certs=os.environ.get("SSL_CERT_FILE"), retries=2)
         try:
             answer = pool.request("GET", url, preload_content=False, timeout=urllib3.Timeout(connect=10, read=60))
             if answer.status != 200:
                 raise SpinError(f"expected a file, got status {answer.status} ({url}); check the network and try again")
-            with part.open("wb") as stream:
+            with target.open("wb") as stream:
                 for block in answer.stream(2**20):
                     stream.write(block)
                     if stream.tell() > MOST_BYTES:
@@ -40,6 +38,7 @@ def download(url: str, digest: str = "") -> Path:
                 f"expected a file, got {type(error).__name__} ({url}); check the network, or fetch it by hand and give "
                 "its path"
             ) from None
-        if digest and (got := digest_of_file(part)) != digest:
+        if digest and (got := digest_of_file(target)) != digest:
             raise SpinError(f"expected {url} with digest {digest[:12]}, got {got[:12]}; it has changed")
-    return target
+
+    return kept(f"{digest or digest_of([url])}/{unquote(urlsplit(url).path).rsplit('/', 1)[-1]}", fetch)

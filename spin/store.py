@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -67,14 +67,13 @@ def listing_of(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def cache_folder() -> Path:
-    """Return where fetched things are kept: ``SPIN_CACHE``, else the user's cache folder."""
+def _cache() -> Path:
     base = os.environ.get("SPIN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "spin-diffusion")
     return Path(base).expanduser()
 
 
 @contextmanager
-def arriving(target: Path) -> Iterator[Path]:
+def _arriving(target: Path) -> Iterator[Path]:
     """Give a path to fetch a file or folder to; move it to ``target`` once it is whole, leave nothing of a fault."""
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".part-"))
@@ -88,6 +87,15 @@ def arriving(target: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def kept(name: str, fetch: Callable[[Path], None]) -> Path:
+    """Return the local path of a public file, kept in ``SPIN_CACHE`` as ``name``; ``fetch`` writes it once."""
+    target = _cache() / "public" / name
+    if not target.is_file():
+        with _arriving(target) as part:
+            fetch(part)
+    return target
 
 
 class Store:
@@ -233,10 +241,10 @@ class Store:
         Raises:
             SpinError: the object is missing or is not what its digest says.
         """
-        target = cache_folder() / f"{ref.kind}s" / ref.digest
+        target = _cache() / f"{ref.kind}s" / ref.digest
         if target.exists():
             return target
-        with arriving(target) as part:
+        with _arriving(target) as part:
             if ref.kind == "file":
                 self._fetch(f"objects/{ref.digest}", part, ref.digest)
             else:
@@ -271,14 +279,14 @@ class Store:
         if not found:
             raise SpinError(f"expected a file or folder, got nothing at {uri} ({self.endpoint}); correct the path")
         target = (
-            cache_folder()
+            _cache()
             / "downloads"
             / digest_of([self.endpoint, bucket, path, found])
             / PurePosixPath(path or bucket).name
         )
         if target.exists():
             return target
-        with arriving(target.parent) as part:
+        with _arriving(target.parent) as part:
             for name in found:
                 inside = PurePosixPath(name.removeprefix(path).lstrip("/"))
                 if ".." in inside.parts:
