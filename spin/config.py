@@ -202,6 +202,9 @@ class ScoreConfig(_Config):
     clip_model: str = "openai/clip-vit-large-patch14@32bd64288804d66eefd0ccbe215aa642df71cc41"
     """CLIP folder, one on the run's S3 server (``s3://bucket/path``), or hub name, possibly with ``@revision``;
     ``emoji`` is the judge that ships with the package."""
+    frechet_model: str = ""
+    """Image model, folder or hub name (``emoji``: the package's), in whose features the Fréchet distance to the
+    held-out real images is measured, one image per prompt; empty: it is not."""
     template: str = "{prompt}"
     """Text given to the CLIP scorer; ``{prompt}`` stands for the prompt."""
     styles: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -25,6 +26,7 @@ from spin.measures import AVERAGE, average, measure, with_average
 from spin.run import Clock, Index, Run, producer
 from spin.sampling import batches, decode, fast_precision, sample_latents
 from spin.scorers import PRIMARY, Scorer, Setting, load, load_all, scored
+from spin.scorers.frechet import Features, frechet_distance
 from spin.seeding import noise_of
 from spin.stages import logger
 from spin.store import Ref, digest_of
@@ -76,13 +78,14 @@ def score_player(
             model = models.load(run.store.get(player))
             setting = Setting(config.score, model.device, Weights(config.score.weights, run.store.download))
             scorers = load_all(setting)
+            features = _features(config, model.device)
             progress.begin(setting.weights.digests)
             _same_weights(earlier, progress.weights)
             drawn, whole = sum(len(part) for _, part in chunks[: len(progress.chunks)]), sum(len(p) for _, p in chunks)
             for number in range(len(progress.chunks), len(chunks)):
                 split, part = chunks[number]
                 folder = work / f"chunk-{number:05d}"
-                _write(folder, split, part, draw(model, config, part, data.latents_shape), scorers)
+                _write(folder, split, part, draw(model, config, part, data.latents_shape), scorers, features)
                 progress.add(folder, clock)
                 drawn += len(part)
                 logger.info("iteration %d: scoring, %d of %d images drawn", iteration, drawn, whole)
@@ -98,10 +101,15 @@ def score_player(
         report.contact_sheet(images, shown).save(work / "sheet.png")
         outputs["sheet"] = run.store.put_file(work / "sheet.png")
         table = pq.read_table(work / "scores.parquet")
+        if config.score.frechet_model:
+            _join([folder / "features.parquet" for folder in progress.folders], work / "features.parquet")
+            outputs["features"] = run.store.put_file(work / "features.parquet")
+            distances = _distances(config, rows, pq.read_table(work / "features.parquet"))
     facts: dict[str, Any] = {
         "prompts": {split: len(mine) for split, mine in rows.items()},
         "images_per_prompt": n,
         "weights": progress.weights,
+        **({"frechet_distance": distances} if config.score.frechet_model else {}),
     }
     before = {
         report.row_name(index.iteration): pq.read_table(run.store.get(index.outputs["scores"])) for index in earlier
@@ -203,15 +211,35 @@ def _same_weights(earlier: Sequence[Index], weights: dict[str, str]) -> None:
                 )
 
 
+def _features(config: RunConfig, device: torch.device) -> Features | None:
+    return Features(config.score.frechet_model, device) if config.score.frechet_model else None
+
+
+def _distances(config: RunConfig, rows: dict[Split, Sequence[Row]], drawn: pa.Table) -> dict[str, float]:
+    """Return the Fréchet distance to the real images of each split that has some."""
+    features = _features(config, models.best_device())
+    found: dict[str, float] = {}
+    for split, mine in rows.items():
+        real = [row.image for row in mine if isinstance(row, HeldOut)]
+        if features and len(real) > 1:
+            found[split] = frechet_distance(np.array(_of(split, drawn)["features"].to_pylist()), features.of(real))
+    return found
+
+
 def _write(
-    folder: Path, split: Split, jobs: Sequence[Job], images: Sequence[Image.Image], scorers: Sequence[Scorer]
+    folder: Path,
+    split: Split,
+    jobs: Sequence[Job],
+    images: Sequence[Image.Image],
+    scorers: Sequence[Scorer],
+    features: Features | None,
 ) -> None:
-    """Write scores and images of one chunk."""
+    """Write scores and images of one chunk, and the features of each prompt's first image."""
     texts = [row.prompt for row, _ in jobs]
     scores = {scorer.name: scored(scorer, images, texts).tolist() for scorer in scorers}
     if AVERAGE in with_average(list(scores)):
         scores[AVERAGE] = average(scores)
-    place = {
+    place: dict[str, list[Any]] = {
         "id": [row.id for row, _ in jobs],
         "prompt": texts,
         "category": [row.category for row, _ in jobs],
@@ -222,6 +250,15 @@ def _write(
     pq.write_table(pa.table(place | scores), folder / "scores.parquet")
     kept = {name: place[name] for name in ("id", "split", "sample")}
     pq.write_table(pa.table(kept | {"image": [_png(image) for image in images]}), folder / "images.parquet")
+    if features:
+        first = [i for i, (_, sample) in enumerate(jobs) if sample == 0]
+        values = features.of([images[i] for i in first]).tolist() if first else []
+        columns = {
+            "id": pa.array([place["id"][i] for i in first], pa.string()),
+            "split": pa.array([split] * len(first), pa.string()),
+            "features": pa.array(values, pa.list_(pa.float64())),
+        }
+        pq.write_table(pa.table(columns), folder / "features.parquet")
 
 
 def _join(parts: Sequence[Path], target: Path) -> None:

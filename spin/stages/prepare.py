@@ -65,6 +65,7 @@ def prepare(
 def _prepare(run: Run, config: RunConfig, inputs: dict[str, Any], clock: Clock) -> Index:
     from spin import models, prompts
     from spin.scorers import Setting, load
+    from spin.scorers.frechet import Features
     from spin.training import process_for
     from spin.weights import Weights
 
@@ -79,6 +80,8 @@ def _prepare(run: Run, config: RunConfig, inputs: dict[str, Any], clock: Clock) 
     setting = Setting(config.score, model.device, Weights(config.score.weights, run.store.download))
     for name in config.score.scorers:
         load(name, setting)
+    if config.score.frechet_model:
+        Features(config.score.frechet_model, model.device)
     asked = {"prompts": prompts.stored(run.store, config.score.prompts)} if config.score.prompts else {}
     with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
         work = Path(scratch)

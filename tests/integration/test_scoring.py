@@ -12,8 +12,11 @@ import torch
 from PIL import Image
 
 import spin.scoring
+from spin.data.dataset import Dataset
 from spin.errors import SpinError
 from spin.scorers.clip import ClipScore
+from spin.scorers.frechet import Features, frechet_distance
+from spin.scoring import decode_png
 from spin.stages import Place
 from spin.stages.generate import generate
 from spin.stages.prepare import prepare
@@ -113,3 +116,18 @@ def test_a_score_that_is_no_number_stops_the_stage(world: World, monkeypatch: py
     monkeypatch.setattr(ClipScore, "score", lambda _, images, __: torch.full((len(images),), float("nan")))
     assert "expected finite scores from clip_score, got nan for 'colour" in refusal(score, place, 0)
     assert world.documents("no-number").keys() == {"run.json", "prepare.json"}
+
+
+def test_the_frechet_distance_is_that_of_the_first_images(world: World) -> None:
+    place = prepared(world, "distance", frechet_model="emoji", images_per_prompt=2)
+    index = score(place, 0).index
+    pictures = pq.read_table(world.store().get(index.outputs["images"])).to_pylist()
+    data = Dataset(world.store().get(world.run("distance").need("prepare", "").outputs["dataset"]))
+    features = Features("emoji", torch.device("cpu"))
+    for split in ("validation", "test"):
+        drawn = [decode_png(row["image"]) for row in pictures if row["split"] == split and row["sample"] == 0]
+        real = [row.image for row in data.held_out(split, 500)]
+        wanted = frechet_distance(features.of(drawn), features.of(real))
+        assert index.facts["frechet_distance"][split] == pytest.approx(wanted, rel=1e-4)
+    with pytest.raises(SpinError, match=r"expected an image model .+ '/nowhere' .+; set score.frechet_model"):
+        prepared(world, "no-features", frechet_model="/nowhere")
