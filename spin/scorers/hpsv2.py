@@ -8,9 +8,11 @@ beside a CPU build of torch. Its ViT-H-14 is the same network as transformers' C
 weights (``spin.scorers.convert``), and the tests hold both to numbers that open_clip 3.3 gave.
 """
 
+import html
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import ftfy
 import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
@@ -75,6 +77,11 @@ def vit_h_14(folder: Path, pixels: Callable[[list[Image.Image]], torch.Tensor], 
     return Towers(model, tokenizer, pixels, setting.device, setting.dtype)
 
 
+def cleaned(prompt: str) -> str:
+    """Return ``prompt`` as open_clip's tokenizer reads it: mended, with plain quotation marks and without entities."""
+    return html.unescape(html.unescape(ftfy.fix_text(prompt)))
+
+
 class Hps:
     """Cosine of image and prompt."""
 
@@ -82,7 +89,7 @@ class Hps:
         self.name, self.clip = name, clip
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
-        return self.clip.cosines(images, prompts)
+        return self.clip.cosines(images, [cleaned(prompt) for prompt in prompts])
 
 
 def _load(name: str, setting: Setting) -> Hps:

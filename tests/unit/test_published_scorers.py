@@ -26,7 +26,7 @@ from spin.scorers.aesthetic import Aesthetic
 from spin.scorers.clip import Towers, processed
 from spin.scorers.convert import from_image_reward, from_open_clip
 from spin.scorers.head import filled, head, value
-from spin.scorers.hpsv2 import Hps
+from spin.scorers.hpsv2 import Hps, cleaned
 from spin.scorers.image_reward import ImageReward
 from spin.scorers.pickscore import PickScore
 from spin.scorers.pixels import centre_squares, wholes_in_squares
@@ -79,6 +79,25 @@ def test_hps_is_open_clips_cosine(hps: Hps, open_clip: reference.Tensors) -> Non
     pixels = wholes_in_squares(PICTURES, 28)
     plain = [reference.open_clip_cosine(open_clip, p, t) for p, t in zip(pixels, reference.TOKENS, strict=True)]
     torch.testing.assert_close(found, torch.tensor(plain), rtol=0, atol=TOLERANCE)
+
+
+def test_hps_reads_prompts_as_open_clip_does(hps: Hps) -> None:
+    """Its tokenizer mends texts first; transformers' does not."""
+    wanted = {
+        "dog&amp;amp;cat": "dog&cat",
+        "\u201cquoted\u201d it\u2019s": '"quoted" it\'s',
+        "caf\u00c3\u00a9": "caf\u00e9",
+        "A plain one, 8k": "A plain one, 8k",
+    }
+    assert {prompt: cleaned(prompt) for prompt in wanted} == wanted
+    heard: list[str] = []
+
+    def listen(texts: list[str], **options: Any) -> Any:
+        heard.extend(texts)
+        return Given(reference.TOKENS)(["a"] * len(texts), **options)
+
+    Hps("x", Towers(hps.clip.model, listen, hps.clip.pixels, CPU)).score(PICTURES[:1], ["dog&amp;cat"])
+    assert heard == ["dog&cat"]
 
 
 def test_hps_has_no_scale(hps: Hps) -> None:
