@@ -3,6 +3,7 @@
 import shutil
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 import spin.scoring
 from spin.data.dataset import Dataset
 from spin.errors import SpinError
+from spin.prompts import KNOWN, load, stored
 from spin.scorers.clip import ClipScore
 from spin.scorers.frechet import Features, frechet_distance
 from spin.scoring import decode_png
@@ -22,8 +24,9 @@ from spin.stages.generate import generate
 from spin.stages.prepare import prepare
 from spin.stages.score import score
 from spin.stages.train import train
+from spin.weights import digest_of_weights
 from tests import tiny
-from tests.integration.world import World
+from tests.integration.world import BUCKET, World
 
 pytestmark = pytest.mark.integration
 
@@ -131,3 +134,29 @@ def test_the_frechet_distance_is_that_of_the_first_images(world: World) -> None:
         assert index.facts["frechet_distance"][split] == pytest.approx(wanted, rel=1e-4)
     with pytest.raises(SpinError, match=r"expected an image model .+ '/nowhere' .+; set score.frechet_model"):
         prepared(world, "no-features", frechet_model="/nowhere")
+
+
+def test_a_judge_on_the_server_scores_as_the_one_on_disk(world: World) -> None:
+    for path in world.judge.iterdir():
+        world.minio().fput_object(BUCKET, f"users/ann/judge/{path.name}", str(path))
+    place = prepared(world, "judge-on-server", clip_model=f"s3://{BUCKET}/users/ann/judge")
+    found, wanted = score(place, 0).index, score(prepared(world, "judge-on-disk"), 0).index
+    assert found.outputs == wanted.outputs
+    assert found.facts["weights"] == wanted.facts["weights"] == {"clip_score": digest_of_weights(world.judge)}
+
+
+def test_a_known_set_is_fetched_once_per_store(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, fetched = tmp_path / "PartiPrompts.tsv", []
+    home.write_text("Prompt\tCategory\na cat\tAnimals\na map\tArts\n")
+
+    def fetch(url: str) -> Path:
+        fetched.append(url)
+        return home
+
+    monkeypatch.setattr("spin.prompts.download", fetch)
+    monkeypatch.setitem(KNOWN, "partiprompts", replace(KNOWN["partiprompts"], count=2))
+    refs = [stored(world.store(), "partiprompts") for _ in range(2)]
+    assert refs[0] == refs[1]
+    assert fetched == [KNOWN["partiprompts"].url]
+    rows = [(row.prompt, row.category) for row in load(world.store().get(refs[0]))]
+    assert rows == [("a cat", "Animals"), ("a map", "Arts")]
