@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from spin import models, prompts, report
-from spin.config import RunConfig
+from spin.config import RunConfig, ScoreConfig
 from spin.data.dataset import Dataset, HeldOut, Prompt
 from spin.emoji import Split
 from spin.errors import SpinError
@@ -283,6 +283,31 @@ def draw(model: models.Model, config: RunConfig, jobs: Sequence[Job], shape: tup
     return images
 
 
+def primary_scorer(config: ScoreConfig, device: torch.device, download: Callable[[str], Path]) -> Scorer:
+    """Return the scorer that decides who has won; ``download`` fetches what is on the run's S3 server."""
+    return load(PRIMARY, Setting(config, device, Weights(config.weights, download)))
+
+
+def best_and_worst(
+    draws_NBCHW: torch.Tensor, model: models.Model, scorer: Scorer, prompts: Sequence[str], precision: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the best and the worst of N draws for each of B prompts, latents [B, C, H, W].
+
+    Raises:
+        SpinError: a score is no finite number.
+    """
+    scores = torch.stack(
+        [
+            scorer.score([Image.fromarray(image) for image in decode(model, latents, precision).numpy()], prompts)
+            for latents in draws_NBCHW
+        ]
+    )
+    if not scores.isfinite().all():
+        raise SpinError("expected finite scores, got NaN or infinity; check the player's images and the judge")
+    rows = torch.arange(len(prompts))
+    return draws_NBCHW[scores.argmax(0), rows], draws_NBCHW[scores.argmin(0), rows]
+
+
 def validation_score(
     model: models.Model,
     config: RunConfig,
@@ -297,7 +322,7 @@ def validation_score(
     rows = data.held_out("validation", config.score.max_prompts)
     mine = rows[accelerator.process_index :: accelerator.num_processes]
     jobs: list[Job] = [(row, sample) for row in mine for sample in range(config.score.images_per_prompt)]
-    scorer = load(PRIMARY, Setting(config.score, model.device, Weights(config.score.weights, download)))
+    scorer = primary_scorer(config.score, model.device, download)
     size = config.generate.batch_size
 
     def score() -> float:
