@@ -7,11 +7,12 @@ written into the store by ``prepare``; the later stages read it from there, so a
 import difflib
 import math
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from spin.errors import SpinError
+from spin.scorers import PRIMARY, names
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -216,18 +217,44 @@ class TrainConfig(_Config):
         return self.beta[min(last, len(self.beta) - 1)], self.steps[min(last, len(self.steps) - 1)]
 
 
+class WeightsConfig(_Config):
+    """Where a scorer's weights are."""
+
+    source: str
+    """Folder, one on the run's S3 server (``s3://bucket/path``), or hub name; with ``model.safetensors`` and what
+    belongs to it."""
+    revision: str = ""
+    """Commit of a hub name; empty: the newest."""
+    digest: str = ""
+    """SHA-256 that ``convert-weights`` prints and every score stage records; other weights are refused."""
+
+
 class ScoreConfig(_Config):
     """What is measured on held-out prompts, and with which judge."""
 
-    clip_model: str = "openai/clip-vit-large-patch14"
-    """CLIP folder or hub name; ``emoji`` is the judge that ships with the package."""
+    scorers: Annotated[tuple[str, ...], Field(min_length=1)] = (PRIMARY,)
+    """Names of scorers (``spin.scorers``); ``clip_score``, which decides wins and picks the challenger, is one."""
+    weights: dict[str, WeightsConfig] = {}
+    """Weights by scorer, where they are not what the scorer loads by itself (which ``pickscore`` alone can)."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type in which the scorers' networks compute; CLIP score and style share are always float32."""
+    prompts: str = ""
+    """Prompts of the test split in place of the data set's: ``pickapic-test``, ``partiprompts``, ``hpsv2-benchmark``,
+    or a file (.txt, .csv, .tsv, .json, .jsonl, .parquet), also on the run's S3 server. All of them are drawn."""
+    clip_model: str = "openai/clip-vit-large-patch14@32bd64288804d66eefd0ccbe215aa642df71cc41"
+    """CLIP folder, one on the run's S3 server (``s3://bucket/path``), or hub name, possibly with ``@revision``;
+    ``emoji`` is the judge that ships with the package."""
+    frechet_model: str = ""
+    """Image model, folder or hub name (``emoji``: the package's), in whose features the Fréchet distance to the
+    held-out real images is measured, one image per prompt; empty: it is not."""
     template: str = "{prompt}"
     """Text given to the CLIP scorer; ``{prompt}`` stands for the prompt."""
     styles: tuple[str, ...] = ()
-    """Styles told apart by the style share, the wanted one first; empty: no style share."""
+    """Styles told apart by the style share, the wanted one first."""
     max_prompts: Positive = 500
     """At most this many held-out prompts of each split (validation, test) are drawn."""
-    images_per_prompt: Positive = 1
+    images_per_prompt: Positive = 5
+    """Images per prompt; the best of them is measured too, which is what the paper's tables show of five."""
     seed: Annotated[int, Field(ge=0)] = 1000
     bootstrap: Positive = 2000
     """Resamples of the paired bootstrap over prompts."""
@@ -240,6 +267,19 @@ class ScoreConfig(_Config):
         if "{prompt}" not in value:
             raise ValueError(f"expected a template with {{prompt}}, got {value!r}")
         return value
+
+    @model_validator(mode="after")
+    def _known_scorers(self) -> Self:
+        for name in (*self.scorers, *self.weights):
+            if name not in (known := names()):
+                raise ValueError(f"expected a scorer, got {name!r}; {nearest(name, known)}")
+        if len({*self.scorers}) < len(self.scorers):
+            raise ValueError(f"expected each scorer once, got {', '.join(self.scorers)}")
+        if PRIMARY not in self.scorers:
+            raise ValueError(f"expected {PRIMARY} among the scorers, got {', '.join(self.scorers)}; it decides wins")
+        if "style_share" in self.scorers and not self.styles:
+            raise ValueError("expected score.styles for style_share, got none; name them or leave the scorer out")
+        return self
 
 
 class RunConfig(_Config):
@@ -263,7 +303,8 @@ def nearest(word: str, known: list[str]) -> str:
 def _fields_at(path: tuple[str, ...]) -> list[str]:
     model: Any = RunConfig
     for part in path:
-        model = model.model_fields[part].annotation
+        # In a mapping of sections, any name leads to the same options.
+        model = model.model_fields[part].annotation if hasattr(model, "model_fields") else get_args(model)[1]
     return list(model.model_fields)
 
 

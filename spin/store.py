@@ -108,6 +108,15 @@ def _arriving(target: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def kept(name: str, fetch: Callable[[Path], None]) -> Path:
+    """Return the local path of a public file, kept in ``SPIN_CACHE`` as ``name``; ``fetch`` writes it once."""
+    target = _cache() / "public" / name
+    if not target.is_file():
+        with _arriving(target) as part:
+            fetch(part)
+    return target
+
+
 class Store:
     """A bucket and prefix of an S3 server.
 

@@ -22,6 +22,7 @@ from diffusers import (
 )
 from PIL import Image, ImageOps
 from transformers import (
+    BertTokenizer,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
@@ -56,6 +57,14 @@ def t5_tokenizer() -> T5Tokenizer:
     """One token per letter."""
     pieces = ["<pad>", "</s>", "<unk>", "\u2581", *LETTERS]
     return T5Tokenizer(vocab=[(piece, -1.0) for piece in pieces], extra_ids=0)
+
+
+def bert_tokenizer(folder: Path) -> BertTokenizer:
+    """Write the vocabulary of a BERT with the words w0 to w99, which are tokens 5 to 104."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(100))]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    return BertTokenizer.from_pretrained(folder)
 
 
 def text_config() -> CLIPTextConfig:

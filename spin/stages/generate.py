@@ -90,7 +90,7 @@ def _generate(
     if mine:
         model = models.load(run.store.get(opponent))
         precision = fast_precision(model.device)
-        scorer = primary_scorer(config.score, model.device) if config.train.ranks else None
+        scorer = primary_scorer(config.score, model.device, run.store.download) if config.train.ranks else None
     drawn: dict[str, list[torch.Tensor]] = {"losers": [], "winners": []} if config.train.ranks else {"losers": []}
     samples: list[tuple[int, ...]] = [(i,) for i in range(config.train.ranked_draws)] if config.train.ranks else [()]
     ids: list[str] = []

@@ -181,7 +181,7 @@ def _train(
     if config.train.validate_every:
         from spin.scoring import validation_score
 
-        score = validation_score(model, config, winners, iteration, trainer.accelerator)
+        score = validation_score(model, config, winners, trainer.accelerator, run.store.download)
         selection = Selection(score, config.train.validate_every, config.train.patience)
     outputs = {"model": opponent}
     with tempfile.TemporaryDirectory(prefix="spin-") as scratch, ThreadPoolExecutor(1) as uploads:

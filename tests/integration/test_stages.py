@@ -537,7 +537,7 @@ def test_dpo_may_learn_from_pairs_that_a_scorer_ranks(world: World) -> None:
     again = {side: Latents([world.store().get(index.outputs[side]) for index in two]) for side in ("winners", "losers")}
     data, config = Dataset(world.store().get(prepared.outputs["dataset"])), world.run("ranked").config()
     model = models.load(world.base)
-    precision, scorer = fast_precision(model.device), primary_scorer(config.score, model.device)
+    precision, scorer = fast_precision(model.device), primary_scorer(config.score, model.device, world.store().download)
     best, worst = (drawn[side].of(data.ids) for side in ("winners", "losers"))
     for side, latents in (("winners", best), ("losers", worst)):
         assert torch.equal(again[side].of(data.ids), latents)
