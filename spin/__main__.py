@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 import yaml
 from rich.console import Console
+from rich.table import Table
 
 from spin.errors import SpinError
 
@@ -138,6 +139,44 @@ def register(
     from spin.stages.register import register as stage
 
     _say(stage(Place(run_key, store_uri, store_endpoint, tracking_uri, experiment), model_name, iterations).facts)
+
+
+@app.command()
+def convert_weights(
+    scorer: Annotated[str, typer.Argument(help="hpsv2_0, hpsv2_1, image_reward or aesthetic.")],
+    folder: Annotated[Path, typer.Argument(help="New folder for the weights, to be named in score.weights.")],
+    original: Annotated[Path | None, typer.Option(help="The authors' .pt or .pth; without it, it is fetched.")] = None,
+    digest: Annotated[str, typer.Option(help="SHA-256 that it must have; without it, the published one.")] = "",
+    rest: Annotated[
+        Path | None, typer.Option(help="Folder with what it lacks: a tokenizer, or OpenAI's CLIP ViT-L/14.")
+    ] = None,
+) -> None:
+    """Turn the file of a scorer's authors into a folder of safetensors, once."""
+    from spin.scorers.convert import convert
+
+    _say({"source": str(folder.resolve()), "digest": convert(scorer, folder, original, digest, rest)})
+
+
+@app.command()
+def verify_scorers(
+    only: Annotated[list[str] | None, typer.Option("--scorer", help="This one; repeat for several.")] = None,
+    overrides: Annotated[str, typer.Option(help="Options with score.weights, as YAML or JSON, or @FILE.")] = "{}",
+) -> None:
+    """Score the authors' example images with their weights and compare with what they published."""
+    from spin.config import override
+    from spin.presets import preset
+    from spin.scorers.verify import verify
+
+    checks = verify(override(preset("sd15-paper"), _overrides(overrides)).score, only or [])
+    table = Table("scorer", "example", "published", "here", "")
+    for check in checks:
+        wanted = "-" if check.published is None else f"{check.published:.4f}"
+        table.add_row(check.scorer, check.example, wanted, f"{check.found:.4f}", check.word)
+    Console().print(table)
+    if failed := [check.scorer for check in checks if check.word == "differs"]:
+        raise SpinError(
+            f"expected the published values, got others from {', '.join(sorted({*failed}))}; check the weights' digest"
+        )
 
 
 def _say(facts: dict[str, object]) -> None:

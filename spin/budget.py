@@ -35,6 +35,7 @@ def passes(config: RunConfig, pairs: int, iterations: int) -> int:
     train = config.train
     steps = sum(train.of(k)[1] for k in range(1, iterations + 1))
     drawn = sum(min(pairs, train.consumes(k)) for k in range(1, iterations + 1)) if train.needs_losers else 0
+    drawn *= train.ranked_draws if train.ranks else 1
     return steps * train.batch_size * passes_per_pair(train) + drawn * passes_per_image(config.generate.of_losers)
 
 

@@ -26,6 +26,7 @@ from spin.stats import bootstrap_seeds, per_prompt, wins
 ARMS: dict[str, dict[str, Any]] = {
     "sft": {"train": {"objective": "sft"}},
     "sft-lora": {"train": {"objective": "sft", "lora_rank": 16}},
+    "dpo": {"train": {"objective": "dpo", "pairs": "ranked"}},
     "spin": {"train": {"objective": "spin"}},
 }
 """Overrides by the arm's name: of ``train``, and of how the losers are drawn."""
@@ -127,7 +128,8 @@ def begin(run: Run, arms: Sequence[Arm]) -> None:
         if arm.config.train.needs_pairs and not prepared.inputs.get("pairs"):
             raise SpinError(
                 f"expected a data set with a loser for each winner for arm {arm.name!r}, got winners alone; prepare it "
-                "with overrides {'train': {'objective': 'dpo'}}, and set the other arms' objective"
+                "with overrides {'train': {'objective': 'dpo'}}, and set the other arms' objective, or set the arm's "
+                "pairs to ranked"
             )
     for arm in arms:
         own = Run(run.store, arm.run_key)
@@ -178,6 +180,8 @@ def rows_of(run: Run, arms: Sequence[Arm], shards: int) -> list[Row]:
                 for own, last in zip(runs, lasts, strict=True)
             ]
             title = f"{name} {k}" if same[0].iterations > 1 else name
+            if same[0].config.train.ranks:
+                title = f"{name} on pairs ranked by {PRIMARY}"
             rows.append(Row(title, name, k, scores, stages, len(runs) - len(playing)))
     return rows
 

@@ -6,11 +6,13 @@ written into the store by ``prepare``; the later stages read it from there, so a
 
 import difflib
 import math
-from typing import Annotated, Any, Literal, Self
+import re
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from spin.errors import SpinError
+from spin.scorers import PRIMARY, names
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -96,7 +98,12 @@ class TrainConfig(_Config):
     objective: Literal["spin", "exact-spin", "sft", "dpo"] = "spin"
     """``spin``: approximate SPIN, Eq. 3.9; ``exact-spin``: on whole trajectories, Eq. 3.8, drawn while training
     (diffusion models alone); ``sft``: denoising loss on the winners alone; ``dpo``: Diffusion-DPO, the same loss as
-    SPIN's on the data's own pairs (one iteration: its reference is the base model)."""
+    SPIN's on ``pairs`` (one iteration: its reference is the base model)."""
+    pairs: Literal["given", "ranked"] = "given"
+    """``dpo``: pairs are the data's own, or, where it has winners alone, drawn by the base model: of
+    ``ranked_draws`` images per prompt the one that the CLIP score likes best is the winner, the worst the loser. That
+    learns from a judge, which self-play does not, and from the one that later tells who has won."""
+    ranked_draws: Annotated[int, Field(ge=2)] = 4
     link: Literal["logistic", "hinge", "correlation", "exponential"] = "logistic"
     """Decreasing convex function of the advantage: see ``spin.losses``. The paper trains with the logistic one."""
     beta: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (2000.0, 5000.0)
@@ -128,6 +135,10 @@ class TrainConfig(_Config):
     """Compute type of the denoiser, ``bf16`` where the hardware multiplies it natively; weights and errors stay
     float32."""
     gradient_checkpointing: bool = False
+    sharding: Literal["none", "fsdp"] = "none"
+    """``fsdp`` spreads player, opponent and moments over the processes of the pod (FSDP2), for models that do not fit
+    one accelerator; slower than ``none``, where each process holds all of them. One process alone has nothing to
+    spread."""
     shared_noise: bool = True
     """Winner and loser of a pair get the same noise (as in Diffusion-DPO's code): less variance, the same bound."""
     min_snr: NonNegativeFloat = 0.0
@@ -161,12 +172,17 @@ class TrainConfig(_Config):
     @property
     def needs_losers(self) -> bool:
         """Whether the opponent's images must be drawn before training."""
-        return self.objective == "spin"
+        return self.objective == "spin" or self.ranks
+
+    @property
+    def ranks(self) -> bool:
+        """Whether a scorer makes pairs of several draws per prompt."""
+        return self.objective == "dpo" and self.pairs == "ranked"
 
     @property
     def needs_pairs(self) -> bool:
         """Whether the data must hold a loser beside each winner."""
-        return self.objective == "dpo"
+        return self.objective == "dpo" and not self.ranks
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> Self:
@@ -185,12 +201,23 @@ class TrainConfig(_Config):
         elif self.objective == "sft":
             foreign = {"shared_noise", "loser_gradient_scale", "previous_share", "link"}
         elif self.objective == "dpo":
-            foreign = {"previous_share"}
+            foreign = {"previous_share"} if self.ranks else {"previous_share", "ranked_draws"}
+        if self.objective != "dpo":
+            foreign |= {"pairs", "ranked_draws"}
         for name in sorted(foreign):
             if (value := getattr(self, name)) != plain[name].default:
                 raise ValueError(
                     f"expected {name} as it is for objective {self.objective}, got {value!r}; it has no use"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _sharded_players_do_not_draw(self) -> Self:
+        # Drawing asks for passes without gradient of which no two processes need the same number.
+        if self.sharding == "fsdp" and self.validate_every:
+            raise ValueError(
+                f"expected validate_every 0 with sharding fsdp, got {self.validate_every}; set steps instead"
+            )
         return self
 
     @model_validator(mode="after")
@@ -212,18 +239,44 @@ class TrainConfig(_Config):
         return self.of(iteration)[1] * self.batch_size
 
 
+class WeightsConfig(_Config):
+    """Where a scorer's weights are."""
+
+    source: str
+    """Folder, one on the run's S3 server (``s3://bucket/path``), or hub name; with ``model.safetensors`` and what
+    belongs to it."""
+    revision: str = ""
+    """Commit of a hub name; empty: the newest."""
+    digest: str = ""
+    """SHA-256 that ``convert-weights`` prints and every score stage records; other weights are refused."""
+
+
 class ScoreConfig(_Config):
     """What is measured on held-out prompts, and with which judge."""
 
-    clip_model: str = "openai/clip-vit-large-patch14"
-    """CLIP folder or hub name; ``emoji`` is the judge that ships with the package."""
+    scorers: Annotated[tuple[str, ...], Field(min_length=1)] = (PRIMARY,)
+    """Names of scorers (``spin.scorers``); ``clip_score``, which decides wins and picks the challenger, is one."""
+    weights: dict[str, WeightsConfig] = {}
+    """Weights by scorer, where they are not what the scorer loads by itself (which ``pickscore`` alone can)."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type in which the scorers' networks compute; CLIP score and style share are always float32."""
+    prompts: str = ""
+    """Prompts of the test split in place of the data set's: ``pickapic-test``, ``partiprompts``, ``hpsv2-benchmark``,
+    or a file (.txt, .csv, .tsv, .json, .jsonl, .parquet), also on the run's S3 server. All of them are drawn."""
+    clip_model: str = "openai/clip-vit-large-patch14@32bd64288804d66eefd0ccbe215aa642df71cc41"
+    """CLIP folder, one on the run's S3 server (``s3://bucket/path``), or hub name, possibly with ``@revision``;
+    ``emoji`` is the judge that ships with the package."""
+    frechet_model: str = ""
+    """Image model, folder or hub name (``emoji``: the package's), in whose features the Fréchet distance to the
+    held-out real images is measured, one image per prompt; empty: it is not."""
     template: str = "{prompt}"
     """Text given to the CLIP scorer; ``{prompt}`` stands for the prompt."""
     styles: tuple[str, ...] = ()
-    """Styles told apart by the style share, the wanted one first; empty: no style share."""
+    """Styles told apart by the style share, the wanted one first."""
     max_prompts: Positive = 500
     """At most this many held-out prompts of each split (validation, test) are drawn."""
-    images_per_prompt: Positive = 1
+    images_per_prompt: Positive = 5
+    """Images per prompt; the best of them is measured too, which is what the paper's tables show of five."""
     seed: Annotated[int, Field(ge=0)] = 1000
     bootstrap: Positive = 2000
     """Resamples of the paired bootstrap over prompts."""
@@ -236,6 +289,19 @@ class ScoreConfig(_Config):
         if "{prompt}" not in value:
             raise ValueError(f"expected a template with {{prompt}}, got {value!r}")
         return value
+
+    @model_validator(mode="after")
+    def _known_scorers(self) -> Self:
+        for name in (*self.scorers, *self.weights):
+            if name not in (known := names()):
+                raise ValueError(f"expected a scorer, got {name!r}; {nearest(name, known)}")
+        if len({*self.scorers}) < len(self.scorers):
+            raise ValueError(f"expected each scorer once, got {', '.join(self.scorers)}")
+        if PRIMARY not in self.scorers:
+            raise ValueError(f"expected {PRIMARY} among the scorers, got {', '.join(self.scorers)}; it decides wins")
+        if "style_share" in self.scorers and not self.styles:
+            raise ValueError("expected score.styles for style_share, got none; name them or leave the scorer out")
+        return self
 
 
 class RunConfig(_Config):
@@ -262,7 +328,8 @@ def nearest(word: str, known: list[str]) -> str:
 def _fields_at(path: tuple[str, ...]) -> list[str]:
     model: Any = RunConfig
     for part in path:
-        model = model.model_fields[part].annotation
+        # In a mapping of sections, any name leads to the same options.
+        model = model.model_fields[part].annotation if hasattr(model, "model_fields") else get_args(model)[1]
     return list(model.model_fields)
 
 
@@ -275,8 +342,8 @@ def _readable(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     got = first.get("input")
     shown = "" if isinstance(got, dict | BaseModel) else f", got {got!r}"
-    if message.startswith("Input should "):
-        return f"expected {where} to {message.removeprefix('Input should ')}{shown}; change it"
+    if should := re.match(r"(?:Input|Tuple) should (.+?)(?: after validation, .*)?$", message):
+        return f"expected {where} to {should[1]}{shown}; change it"
     return f"{where}: {message}{shown}" if where else message
 
 

@@ -24,6 +24,8 @@ def emoji_cpu() -> RunConfig:
             checkpoint_every=20,
         ),
         score=ScoreConfig(
+            scorers=("clip_score", "style_share"),
+            images_per_prompt=1,
             clip_model="emoji",
             template="{prompt}, openmoji style",
             styles=("openmoji", "noto", "twemoji", "fluent"),
@@ -36,7 +38,6 @@ def sd15_paper() -> RunConfig:
     return RunConfig(
         preset="sd15-paper",
         data=DataConfig(source="hf:yuvalkirstain/pickapic_v2", resolution=512, min_size=256),
-        score=ScoreConfig(images_per_prompt=5),
     )
 
 
@@ -81,5 +82,6 @@ def resolve(name: str, base_model: str, data_source: str, overrides: dict[str, A
     source = (data.get("source") if isinstance(data, dict) else None) or data_source
     if source and source != config.data.source:
         # The preset's wording of the prompts and its styles are those of its own data.
-        named_options["score"] = {"template": "{prompt}", "styles": []}
+        scorers = [name for name in config.score.scorers if name != "style_share"]
+        named_options["score"] = {"template": "{prompt}", "styles": [], "scorers": scorers}
     return override(override(config, named_options), overrides)

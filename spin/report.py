@@ -12,7 +12,7 @@ from spin.run import Index
 from spin.scorers import PRIMARY
 
 if TYPE_CHECKING:
-    from spin.data.dataset import HeldOut
+    from spin.data.dataset import HeldOut, Prompt
 
 TITLES = {"clip_score": "CLIP score", "style_share": "Style share", "win_rate": "Win rate over base"}
 MARGIN = 4
@@ -22,12 +22,15 @@ def row_name(iteration: int) -> str:
     return "base" if iteration == 0 else f"iteration {iteration}"
 
 
-def contact_sheet(iterations: Sequence[Mapping[str, Image.Image]], prompts: "Sequence[HeldOut]") -> Image.Image:
-    """Return one row per iteration (same prompts, same seeds) and the real images as the last row."""
-    side = max(96, min(160, prompts[0].image.width))
+def contact_sheet(
+    iterations: Sequence[Mapping[str, Image.Image]], prompts: "Sequence[HeldOut | Prompt]"
+) -> Image.Image:
+    """Return one row per iteration (same prompts, same seeds), and real images, where there are some, as the last."""
+    side = max(96, min(160, iterations[0][prompts[0].id].width))
     label = 84
     rows = [(row_name(k), [images[p.id] for p in prompts]) for k, images in enumerate(iterations)]
-    rows.append(("real", [p.image for p in prompts]))
+    if real := [p.image for p in prompts if hasattr(p, "image")]:
+        rows.append(("real", real))
     head = 16
     sheet = Image.new("RGB", (label + len(prompts) * (side + MARGIN), head + len(rows) * (side + MARGIN)), "white")
     draw = ImageDraw.Draw(sheet)

@@ -1,8 +1,12 @@
-"""Scoring one player: draw the held-out prompts, score each image, estimate the metrics beside earlier iterations."""
+"""Scoring one player: draw the held-out prompts, score each image, estimate the metrics beside earlier iterations.
+
+Images are drawn, scored and stored in chunks: memory does not grow with their number, and an attempt that was killed
+loses the chunk it was at.
+"""
 
 import io
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +17,28 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from spin import models, report
+from spin import models, prompts, report
 from spin.accounting import cost, flops_per_image
-from spin.config import RunConfig
-from spin.data.dataset import Dataset, HeldOut
+from spin.config import RunConfig, ScoreConfig
+from spin.data.dataset import Dataset, HeldOut, Prompt
 from spin.emoji import Split
 from spin.errors import SpinError
+from spin.measures import AVERAGE, average, measure, with_average
 from spin.run import Clock, Index, Run, producer
 from spin.sampling import batches, decode, fast_precision, sample_latents
-from spin.scorers import PRIMARY, Scorer
-from spin.scorers.clip import Clip, ClipScore, StyleShare
+from spin.scorers import PRIMARY, Scorer, Setting, load, load_all, scored
+from spin.scorers.frechet import Features, frechet_distance
 from spin.seeding import noise_of
 from spin.stages import logger
-from spin.stats import Estimate, bootstrap, per_prompt, wins
-from spin.store import Ref
+from spin.store import Ref, digest_of
+from spin.weights import Weights
 
+CHUNK = 256
+"""Images that are in memory at a time, about: a multiple of the batch size."""
 SPLITS: tuple[Split, ...] = ("validation", "test")
+Row = Prompt | HeldOut
+Job = tuple[Row, int]
+"""A prompt and which of its images."""
 
 
 def score_player(
@@ -38,89 +48,281 @@ def score_player(
     stage: str,
     player: Ref,
     dataset: Ref,
+    asked: Ref | None,
     earlier: list[Index],
     inputs: dict[str, Any],
     clock: Clock,
     accelerators: int,
 ) -> Index:
-    """Draw the held-out prompts with ``player``, score every image and store scores, images and contact sheet."""
+    """Draw the prompts with ``player``, score every image and store scores, images and contact sheet.
+
+    Args:
+        asked: the prompt set that stands for the test split; None: the data set's own.
+    """
     data = Dataset(run.store.get(dataset))
-    held_out = {split: data.held_out(split, config.score.max_prompts) for split in SPLITS}
-    if not held_out["test"] or not held_out["validation"]:
+    rows: dict[Split, Sequence[Row]] = {split: data.held_out(split, config.score.max_prompts) for split in SPLITS}
+    if not rows["test"] or not rows["validation"]:
         raise SpinError(
             "expected held-out prompts for validation and test, got none; raise data.held_out_share or add images"
         )
-    model = models.load(run.store.get(player))
-    images_in_all = sum(map(len, held_out.values())) * config.score.images_per_prompt
-    model.compile_for(config.compile, images_in_all)
-    flops = flops_per_image(model, data.latents_shape, config.generate, decoded=True)
-    clip = Clip(config.score.clip_model, model.device)
-    scorers: list[Scorer] = [ClipScore(clip, config.score.template)]
-    if config.score.styles:
-        scorers.append(StyleShare(clip, config.score.styles))
-    table, pictures = [], []
-    for split, rows in held_out.items():
-        images = draw(model, config, rows, data.latents_shape, iteration)
-        n = config.score.images_per_prompt
-        prompts = [row.prompt for row in rows for _ in range(n)]
-        scores = {scorer.name: scorer.score(images, prompts).tolist() for scorer in scorers}
-        for i, image in enumerate(images):
-            row, place = rows[i // n], {"split": split, "sample": i % n}
-            table.append({"id": row.id, "prompt": row.prompt, **place, **{name: s[i] for name, s in scores.items()}})
-            pictures.append({"id": row.id, **place, "image": _png(image)})
+    if asked:
+        rows["test"] = prompts.load(run.store.get(asked))
+    n, size = config.score.images_per_prompt, config.generate.batch_size
+    chunks: list[tuple[Split, list[Job]]] = []
+    for split, mine in rows.items():
+        jobs: list[Job] = [(row, sample) for row in mine for sample in range(n)]
+        # Whole batches: an image's neighbours in its batch, and so its last bit, do not depend on the chunks.
+        chunks += [(split, [jobs[i] for i in part]) for part in batches(len(jobs), max(1, CHUNK // size) * size)]
+    progress, model = _Progress(run, stage, inputs), None
     with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
         work = Path(scratch)
-        pq.write_table(pa.Table.from_pylist(table), work / "scores.parquet")
-        pq.write_table(pa.Table.from_pylist(pictures), work / "images.parquet")
-        sheets = [run.store.get(index.outputs["images"]) for index in earlier] + [work / "images.parquet"]
+        if len(progress.chunks) < len(chunks):
+            model = models.load(run.store.get(player))
+            setting = Setting(config.score, model.device, Weights(config.score.weights, run.store.download))
+            scorers = load_all(setting)
+            features = _features(config, model.device)
+            flops = flops_per_image(model, data.latents_shape, config.generate, decoded=True)
+            model.compile_for(config.compile, sum(len(part) for _, part in chunks))
+            progress.begin(setting.weights.digests)
+            _same_weights(earlier, progress.weights)
+            drawn, whole = sum(len(part) for _, part in chunks[: len(progress.chunks)]), sum(len(p) for _, p in chunks)
+            for number in range(len(progress.chunks), len(chunks)):
+                split, part = chunks[number]
+                folder = work / f"chunk-{number:05d}"
+                _write(folder, split, part, draw(model, config, part, data.latents_shape), scorers, features)
+                progress.add(folder, clock)
+                drawn += len(part)
+                logger.info("iteration %d: scoring, %d of %d images drawn", iteration, drawn, whole)
+        names = with_average(config.score.scorers)
+        outputs = {}
+        for name in ("scores", "images"):
+            _join([folder / f"{name}.parquet" for folder in progress.folders], work / f"{name}.parquet")
+            outputs[name] = run.store.put_file(work / f"{name}.parquet")
         # Evenly over the split: neighbours in a data set are often alike.
-        shown = held_out["test"][:: max(1, len(held_out["test"]) // config.score.sheet_prompts)]
-        shown = shown[: config.score.sheet_prompts]
-        report.contact_sheet([_first_images(path) for path in sheets], shown).save(work / "sheet.png")
-        outputs = {
-            name: run.store.put_file(work / file)
-            for name, file in (("scores", "scores.parquet"), ("images", "images.parquet"), ("sheet", "sheet.png"))
-        }
-    base = run.store.get(earlier[0].outputs["scores"]) if earlier else None
-    names = [scorer.name for scorer in scorers]
-    metrics = {split: _metrics(config, table, base, split, names) for split in SPLITS}
-    seconds, precision = clock.seconds, fast_precision(model.device)
-    return run.finish(
+        shown = rows["test"][:: max(1, len(rows["test"]) // config.score.sheet_prompts)][: config.score.sheet_prompts]
+        sheets = [run.store.get(index.outputs["images"]) for index in earlier] + [work / "images.parquet"]
+        images = [_first_images(path, [row.id for row in shown]) for path in sheets]
+        report.contact_sheet(images, shown).save(work / "sheet.png")
+        outputs["sheet"] = run.store.put_file(work / "sheet.png")
+        table = pq.read_table(work / "scores.parquet")
+        if config.score.frechet_model:
+            _join([folder / "features.parquet" for folder in progress.folders], work / "features.parquet")
+            outputs["features"] = run.store.put_file(work / "features.parquet")
+            distances = _distances(config, rows, pq.read_table(work / "features.parquet"))
+    facts: dict[str, Any] = {
+        "prompts": {split: len(mine) for split, mine in rows.items()},
+        "images_per_prompt": n,
+        "weights": progress.weights,
+        **({"frechet_distance": distances} if config.score.frechet_model else {}),
+    }
+    before = {
+        report.row_name(index.iteration): pq.read_table(run.store.get(index.outputs["scores"])) for index in earlier
+    }
+    for split in SPLITS:
+        known = {title: _of(split, theirs) for title, theirs in before.items()}
+        for kind, found in measure(_of(split, table), known, names, n, config.score.bootstrap).items():
+            facts.setdefault(kind, {})[split] = found
+    seconds, spent = progress.seconds(clock), dict[str, float]()
+    if model:
+        precision = fast_precision(model.device)
+        spent = cost(model.device, precision, flops, len(table), seconds, accelerators)
+    index = run.finish(
         Index(
             stage=stage,
             iteration=iteration,
             inputs=inputs,
             outputs=outputs,
-            facts={
-                "metrics": metrics,
-                "prompts": {split: len(rows) for split, rows in held_out.items()},
-                "images_per_prompt": config.score.images_per_prompt,
-            },
+            facts=facts,
             seconds=seconds,
             items=len(table),
-            cost=cost(model.device, precision, flops, len(table), seconds, accelerators),
+            cost=spent,
             producer=producer(),
         )
     )
+    progress.clean()
+    return index
 
 
-def draw(
-    model: models.Model, config: RunConfig, rows: list[HeldOut], shape: tuple[int, ...], iteration: int
-) -> list[Image.Image]:
-    """Draw ``images_per_prompt`` images per row; noise depends on the prompt's id and the sample, not on the player."""
-    jobs = [(row, sample) for row in rows for sample in range(config.score.images_per_prompt)]
+class _Progress:
+    """The chunks of an unfinished stage that are in the store already.
+
+    What an attempt with other inputs left is forgotten.
+    """
+
+    def __init__(self, run: Run, stage: str, inputs: dict[str, Any]):
+        self.run, self.stage, self.identity = run, stage, digest_of(inputs)
+        known = run.read_progress(stage) or {}
+        same = known.get("inputs") == self.identity
+        self.chunks = [Ref.model_validate(ref) for ref in known["chunks"]] if same else []
+        self.weights: dict[str, str] = known["weights"] if same else {}
+        self._before = float(known["seconds"]) if same else 0.0
+        self.folders: list[Path] = []
+        """Where the chunks are on this machine."""
+        try:
+            self.folders = [run.store.get(ref) for ref in self.chunks]
+        except SpinError as error:
+            logger.warning("%s: starting anew, a chunk cannot be read (%s)", stage, error)
+            self._forget()
+        if self.chunks:
+            logger.info("%s: going on after %d chunks", stage, len(self.chunks))
+
+    def _forget(self) -> None:
+        self.chunks, self.folders, self._before = [], [], 0.0
+
+    def begin(self, weights: dict[str, str]) -> None:
+        """Note the digests of the scorers' weights; scores by others are not gone on with."""
+        if self.chunks and weights != self.weights:
+            logger.warning("%s: starting anew, the scorers' weights are others than before", self.stage)
+            self._forget()
+        self.weights = dict(weights)
+
+    def seconds(self, clock: Clock) -> float:
+        return round(self._before + clock.seconds, 2)
+
+    def add(self, folder: Path, clock: Clock) -> None:
+        """Store a chunk, then the word of it."""
+        # Another run may come to the same images; removing its chunks must not take this one's.
+        (folder / "whose.txt").write_text(f"{self.run.key} {self.stage}")
+        self.chunks.append(self.run.store.put_folder(folder))
+        self.folders.append(folder)
+        self.run.write_progress(
+            self.stage,
+            {
+                "inputs": self.identity,
+                "chunks": [ref.model_dump(mode="json") for ref in self.chunks],
+                "weights": self.weights,
+                "seconds": self.seconds(clock),
+            },
+        )
+
+    def clean(self) -> None:
+        """Remove what a finished stage no longer needs; a store that forbids it costs space, not the run."""
+        try:
+            for ref in self.chunks:
+                self.run.store.remove(ref)
+            self.run.drop_progress(self.stage)
+        except SpinError as error:
+            logger.warning("the chunks of %s stay in the store (%s)", self.stage, error)
+
+
+def _same_weights(earlier: Sequence[Index], weights: dict[str, str]) -> None:
+    """Refuse to put scores beside those that other weights gave.
+
+    Raises:
+        SpinError: a scorer's weights are not those of an earlier iteration.
+    """
+    for index in earlier:
+        for name, digest in index.facts.get("weights", {}).items():
+            if (got := weights.get(name)) != digest:
+                raise SpinError(
+                    f"expected the weights of {name} that iteration {index.iteration} was scored with "
+                    f"({digest[:12]}), got {got[:12] if got else 'none'}; bring those back, or use another run key"
+                )
+
+
+def _features(config: RunConfig, device: torch.device) -> Features | None:
+    return Features(config.score.frechet_model, device) if config.score.frechet_model else None
+
+
+def _distances(config: RunConfig, rows: dict[Split, Sequence[Row]], drawn: pa.Table) -> dict[str, float]:
+    """Return the Fréchet distance to the real images of each split that has some."""
+    features = _features(config, models.best_device())
+    found: dict[str, float] = {}
+    for split, mine in rows.items():
+        real = [row.image for row in mine if isinstance(row, HeldOut)]
+        if features and len(real) > 1:
+            found[split] = frechet_distance(np.array(_of(split, drawn)["features"].to_pylist()), features.of(real))
+    return found
+
+
+def _write(
+    folder: Path,
+    split: Split,
+    jobs: Sequence[Job],
+    images: Sequence[Image.Image],
+    scorers: Sequence[Scorer],
+    features: Features | None,
+) -> None:
+    """Write scores and images of one chunk, and the features of each prompt's first image."""
+    texts = [row.prompt for row, _ in jobs]
+    scores = {scorer.name: scored(scorer, images, texts).tolist() for scorer in scorers}
+    if AVERAGE in with_average(list(scores)):
+        scores[AVERAGE] = average(scores)
+    place: dict[str, list[Any]] = {
+        "id": [row.id for row, _ in jobs],
+        "prompt": texts,
+        "category": [row.category for row, _ in jobs],
+        "split": [split] * len(jobs),
+        "sample": [sample for _, sample in jobs],
+    }
+    folder.mkdir()
+    pq.write_table(pa.table(place | scores), folder / "scores.parquet")
+    kept = {name: place[name] for name in ("id", "split", "sample")}
+    pq.write_table(pa.table(kept | {"image": [_png(image) for image in images]}), folder / "images.parquet")
+    if features:
+        first = [i for i, (_, sample) in enumerate(jobs) if sample == 0]
+        values = features.of([images[i] for i in first]).tolist() if first else []
+        columns = {
+            "id": pa.array([place["id"][i] for i in first], pa.string()),
+            "split": pa.array([split] * len(first), pa.string()),
+            "features": pa.array(values, pa.list_(pa.float64())),
+        }
+        pq.write_table(pa.table(columns), folder / "features.parquet")
+
+
+def _join(parts: Sequence[Path], target: Path) -> None:
+    """Write the tables ``parts`` as one, holding one of them in memory at a time."""
+    with pq.ParquetWriter(target, pq.read_schema(parts[0])) as writer:
+        for part in parts:
+            writer.write_table(pq.read_table(part))
+
+
+def _of(split: Split, table: pa.Table) -> pa.Table:
+    return table.filter(pa.compute.equal(table["split"], split))
+
+
+def draw(model: models.Model, config: RunConfig, jobs: Sequence[Job], shape: tuple[int, ...]) -> list[Image.Image]:
+    """Draw one image per job; noise depends on the prompt's id and the sample, not on the player."""
     precision, images = fast_precision(model.device), []
     for part in batches(len(jobs), config.generate.batch_size):
         chunk = [jobs[i] for i in part]
         noise = torch.stack([noise_of(shape, "score", config.score.seed, row.id, sample) for row, sample in chunk])
         latents = sample_latents(model, [row.prompt for row, _ in chunk], noise, config.generate, precision)
         images += [Image.fromarray(image) for image in decode(model, latents, precision).numpy()]
-        logger.info("iteration %d: scoring, %d of %d images drawn", iteration, len(images), len(jobs))
     return images
 
 
+def primary_scorer(config: ScoreConfig, device: torch.device, download: Callable[[str], Path]) -> Scorer:
+    """Return the scorer that decides who has won; ``download`` fetches what is on the run's S3 server."""
+    return load(PRIMARY, Setting(config, device, Weights(config.weights, download)))
+
+
+def best_and_worst(
+    draws_NBCHW: torch.Tensor, model: models.Model, scorer: Scorer, prompts: Sequence[str], precision: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the best and the worst of N draws for each of B prompts, latents [B, C, H, W].
+
+    Raises:
+        SpinError: a score is no finite number.
+    """
+    scores = torch.stack(
+        [
+            scorer.score([Image.fromarray(image) for image in decode(model, latents, precision).numpy()], prompts)
+            for latents in draws_NBCHW
+        ]
+    )
+    if not scores.isfinite().all():
+        raise SpinError("expected finite scores, got NaN or infinity; check the player's images and the judge")
+    rows = torch.arange(len(prompts))
+    return draws_NBCHW[scores.argmax(0), rows], draws_NBCHW[scores.argmin(0), rows]
+
+
 def validation_score(
-    model: models.Model, config: RunConfig, data: Dataset, iteration: int, accelerator: Accelerator
+    model: models.Model,
+    config: RunConfig,
+    data: Dataset,
+    accelerator: Accelerator,
+    download: Callable[[str], Path],
 ) -> Callable[[], float]:
     """Return a function that draws the validation prompts with ``model`` as it is then and gives the mean score.
 
@@ -128,12 +330,16 @@ def validation_score(
     """
     rows = data.held_out("validation", config.score.max_prompts)
     mine = rows[accelerator.process_index :: accelerator.num_processes]
-    scorer = ClipScore(Clip(config.score.clip_model, model.device), config.score.template)
+    jobs: list[Job] = [(row, sample) for row in mine for sample in range(config.score.images_per_prompt)]
+    scorer = primary_scorer(config.score, model.device, download)
+    size = config.generate.batch_size
 
     def score() -> float:
-        images = draw(model, config, mine, data.latents_shape, iteration)
-        prompts = [row.prompt for row in mine for _ in range(config.score.images_per_prompt)]
-        total = scorer.score(images, prompts).sum() if mine else torch.zeros(())
+        total = torch.zeros(())
+        for part in batches(len(jobs), max(1, CHUNK // size) * size):
+            chunk = [jobs[i] for i in part]
+            images = draw(model, config, chunk, data.latents_shape)
+            total += scored(scorer, images, [row.prompt for row, _ in chunk]).sum()
         whole = accelerator.reduce(total.to(model.device), "sum")
         return float(whole) / (len(rows) * config.score.images_per_prompt)
 
@@ -150,27 +356,7 @@ def _png(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-def _first_images(path: Path) -> dict[str, Image.Image]:
-    """Return the first test image of each prompt id."""
-    rows = pq.read_table(path, filters=[("sample", "=", 0), ("split", "=", "test")]).to_pylist()
-    return {row["id"]: decode_png(row["image"]) for row in rows}
-
-
-def _metrics(
-    config: RunConfig, table: list[dict[str, Any]], base: Path | None, split: Split, names: list[str]
-) -> dict[str, dict[str, float]]:
-    """Return each metric of a split with its interval; the win rate is over the base, ties count half."""
-    n, resamples = config.score.images_per_prompt, config.score.bootstrap
-    rows = [row for row in table if row["split"] == split]
-
-    def estimate(values: np.ndarray) -> Estimate:
-        if not np.isfinite(values).all():
-            raise SpinError("expected finite scores, got NaN or infinity; check the player's images and the judge")
-        return bootstrap(per_prompt(values, n), resamples)
-
-    metrics = {name: estimate(np.array([row[name] for row in rows])).as_dict() for name in names}
-    if base is not None:
-        theirs = pq.read_table(base, filters=[("split", "=", split)])[PRIMARY].to_numpy()
-        ours = np.array([row[PRIMARY] for row in rows])
-        metrics["win_rate"] = estimate(wins(ours, theirs)).as_dict()
-    return metrics
+def _first_images(path: Path, ids: Sequence[str]) -> dict[str, Image.Image]:
+    """Return the first test image of each of the prompts ``ids``."""
+    wanted = [("id", "in", ids), ("sample", "=", 0), ("split", "=", "test")]
+    return {row["id"]: decode_png(row["image"]) for row in pq.read_table(path, filters=wanted).to_pylist()}

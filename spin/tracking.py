@@ -309,7 +309,9 @@ def stage(place: Place, name: str, iteration: int, system_metrics: bool = False)
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, item in value.items():
-        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {f"{prefix}{key}": item}
+        # An empty section is shown as one: it is part of the config.
+        inside = isinstance(item, Mapping) and item
+        flat |= _flat(item, f"{prefix}{key}.") if inside else {f"{prefix}{key}": item}
     return flat
 
 

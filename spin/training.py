@@ -7,7 +7,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from spin.models import Model
 from spin.sampling import autocast
 from spin.seeding import generator_of, noise_of, seed_of
 from spin.selection import Selection
+from spin.sharding import make_whole, shard, whole
 from spin.trajectory import chain_of, exact_spin
 
 LORA_TARGETS = [
@@ -141,6 +142,7 @@ class Trainer:
         losers: the opponent's images of the same prompts; ``None`` where the objective needs none.
         iteration: 1-based; chooses beta and steps.
         previous: the losers of the iteration before, where some are to be mixed in.
+        best: winners that were drawn too, in the real images' place.
         compiled: compile the player's and the reference's forward and backward passes.
 
     Raises:
@@ -156,9 +158,10 @@ class Trainer:
         iteration: int,
         precision: str,
         previous: Latents | None = None,
+        best: Latents | None = None,
         compiled: bool = False,
     ):
-        self.previous = previous
+        self.previous, self.best = previous, best
         self.model, self.winners, self.losers, self.config, self.iteration = model, winners, losers, config, iteration
         self.precision = precision if config.mixed_precision == "bf16" else "fp32"
         self.beta, self.steps = config.of(iteration)
@@ -180,6 +183,7 @@ class Trainer:
                 f"{config.batch_size}; change one of them"
             )
         self.accumulation = config.batch_size // share
+        self.sharded = config.sharding == "fsdp" and self.accelerator.num_processes > 1
         self._make_players(compiled)
         self.step, self.drift = 0, 0.0
         self.history: list[dict[str, float]] = []
@@ -189,13 +193,17 @@ class Trainer:
         ids, config = self.winners.ids, self.config
         visited = order(ids, config.seed, self.iteration, 0, config.consumes(self.iteration))
         older = from_previous(ids, visited, config, self.iteration) if self.previous else [False] * len(visited)
-        sides = (self.previous if old else self.losers for old in older)
+        sides = [(self.previous if old else self.losers, self.best) for old in older]
         return sorted({
-            ids[row] for (_, row), side in zip(visited, sides, strict=True) if side is not None and ids[row] not in side
+            ids[row]
+            for (_, row), pair in zip(visited, sides, strict=True)
+            if any(side is not None and ids[row] not in side for side in pair)
         })  # fmt: skip
 
     def _make_players(self, compiled: bool) -> None:
-        denoiser = self.model.denoiser
+        denoiser, device = self.model.denoiser, self.model.device
+        if self.sharded:
+            denoiser.cpu()
         if self.config.lora_rank:
             from peft import LoraConfig
 
@@ -217,7 +225,11 @@ class Trainer:
         denoiser.train()
         if self.config.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
-        if compiled:
+        if self.sharded:
+            shard(denoiser, device, self.precision)
+            if self.reference is not denoiser:
+                shard(self.reference, device, self.precision)
+        elif compiled:
             for network in {denoiser, self.reference}:
                 network.compile(dynamic=False)
         optimizer = torch.optim.AdamW(
@@ -228,7 +240,8 @@ class Trainer:
             betas=(self.config.adam_beta1, self.config.adam_beta2),
             eps=self.config.adam_epsilon,
         )
-        self.player, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
+        self.optimizer = self.accelerator.prepare(optimizer)
+        self.player = denoiser if self.sharded else self.accelerator.prepare(denoiser)
         decay = self.config.ema_decay
         self.average = EMAModel(list(checkpoint.trained(denoiser).values()), decay=decay) if decay else None
 
@@ -250,7 +263,7 @@ class Trainer:
         dropped = torch.cat([torch.rand(1, generator=draw) for draw in draws]) < self.config.prompt_dropout
         prompts = ["" if drop else self.winners.prompts[row] for drop, (_, row) in zip(dropped, places, strict=True)]
         return Batch(
-            sent(self.winners.winners(ids), device),
+            sent(self.winners.winners(ids) if self.best is None else self.best.of(ids), device),
             None if self.losers is None else sent(self.losers_of(places), device),
             noise,
             noise if self.config.shared_noise else noise_for("loser"),
@@ -312,10 +325,21 @@ class Trainer:
         """Go backward through the configured objective on a micro-batch; gradients are shared after the ``last``."""
         if self.config.objective == "exact-spin":
             return self._learn_exactly(batch, last)
-        with nullcontext() if last else self.accelerator.no_sync(self.player):
+        with self._shared(last):
             objective = self.objective(batch)
             self.accelerator.backward(objective.loss / self.accumulation)
         return objective
+
+    @contextmanager
+    def _shared(self, last: bool) -> Iterator[None]:
+        """Let the processes share what gradients have come together, after the ``last`` pass of a step alone."""
+        if self.sharded:
+            self.player.set_requires_gradient_sync(last)
+        if last or self.sharded:
+            yield
+        else:
+            with self.accelerator.no_sync(self.player):
+                yield
 
     def _learn_exactly(self, batch: Batch, last: bool) -> Objective:
         conditioning, process = batch.conditioning.repeat(2), self.process
@@ -331,7 +355,7 @@ class Trainer:
                 return denoise(denoiser, latents, timestep)
 
         def accumulate(share: Callable[[], torch.Tensor], last_step: bool) -> None:
-            with nullcontext() if last and last_step else self.accelerator.no_sync(self.player):
+            with self._shared(last and last_step):
                 self.accelerator.backward(share() / self.accumulation)
 
         return exact_spin(
@@ -381,7 +405,9 @@ class Trainer:
             self.average.step(self.weights().values())
         self.optimizer.zero_grad(set_to_none=True)
         # The step's only wait for the device.
-        told = self.accelerator.reduce(torch.stack([*sums.values(), norm.to(self.model.device)]), "mean").tolist()
+        told = self.accelerator.reduce(
+            torch.stack([*sums.values(), whole(norm).to(self.model.device)]), "mean"
+        ).tolist()
         self.step += 1
         return dict(zip([*sums, "grad_norm"], told, strict=True)) | {"learning_rate": rate}
 
@@ -489,11 +515,12 @@ class Trainer:
             self.average.restore(self.weights().values())
 
     def _checkpoint(self, work: Path, on_checkpoint: Callable[[Path], None], selection: Selection | None) -> None:
-        if self.accelerator.is_main_process:
-            folder = work / f"checkpoint-{self.step:06d}"
+        folder = work / f"checkpoint-{self.step:06d}"
+        if self.accelerator.is_main_process or self.sharded:
             state = {"step": self.step, "history": self.history, "drift": self.drift}
             denoiser = self.accelerator.unwrap_model(self.player)
             checkpoint.save(folder, denoiser, self.optimizer.optimizer, state, self.average)
+        if self.accelerator.is_main_process:
             if selection:
                 selection.save(folder)
             on_checkpoint(folder)
@@ -509,8 +536,15 @@ class Trainer:
         return bool(self.accelerator.reduce(asked, "sum") > 0)
 
     def player_denoiser(self) -> Denoiser:
-        """Return the trained denoiser without wrappers, adapters merged."""
+        """Return the trained denoiser without wrappers, adapters merged; of a sharded one, the first process gets it.
+
+        Every process must ask, and may ask once, at the end.
+        """
         denoiser: Denoiser = self.accelerator.unwrap_model(self.player)
+        if self.sharded:
+            make_whole(denoiser)
+            if not self.accelerator.is_main_process:
+                return denoiser
         if self.config.lora_rank:
             denoiser.fuse_lora()
             denoiser.unload_lora()

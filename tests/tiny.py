@@ -20,8 +20,9 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import (
+    BertTokenizer,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
@@ -56,6 +57,14 @@ def t5_tokenizer() -> T5Tokenizer:
     """One token per letter."""
     pieces = ["<pad>", "</s>", "<unk>", "\u2581", *LETTERS]
     return T5Tokenizer(vocab=[(piece, -1.0) for piece in pieces], extra_ids=0)
+
+
+def bert_tokenizer(folder: Path) -> BertTokenizer:
+    """Write the vocabulary of a BERT with the words w0 to w99, which are tokens 5 to 104."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(100))]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    return BertTokenizer.from_pretrained(folder)
 
 
 def text_config() -> CLIPTextConfig:
@@ -175,6 +184,18 @@ def images(folder: Path, count: int = 24) -> Path:
         colour = tuple(int(c) for c in rng.integers(0, 256, 3))
         Image.new("RGB", (40, 36), colour).save(folder / f"{i:03d}.png")
         rows.append({"file_name": f"{i:03d}.png", "text": f"colour {i}"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def pairs(folder: Path, count: int = 24) -> Path:
+    """Write an imagefolder with a loser beside each winner: its negative."""
+    images(folder, count)
+    (folder / "worse").mkdir()
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["loser"] = f"worse/{row['file_name']}"
+        ImageOps.invert(Image.open(folder / row["file_name"])).save(folder / row["loser"])
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 

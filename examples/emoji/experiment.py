@@ -39,6 +39,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SFT = {"objective": "sft", "learning_rate": 1e-4}
 SPIN = {"learning_rate": 6e-5, "beta": [300], "steps": [40]}
 
+MILD = {"loser_gradient_scale": 0.3, "steps": [80]}
+UNGUIDED = {"opponent_guidance": 1}
+
 
 def best_of(train: dict[str, Any], steps: int, every: int, patience: int) -> dict[str, Any]:
     """Return an arm of up to ``steps`` steps whose best player by the validation prompts is kept."""
@@ -61,15 +64,22 @@ SEARCHES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
             for beta in (100, 300, 1000)
         },
     ),
-    "rounds": (
+    "rounds": (2, {f"b{beta}": {"train": {**SPIN, "beta": [300, beta]}} for beta in (1000, 5000)}),
+    "losers": (
+        2,
+        {
+            "guided-mild": {"train": {**SPIN, **MILD}},
+            "unguided": {"train": SPIN, "generate": UNGUIDED},
+            "unguided-mild": {"train": {**SPIN, **MILD}, "generate": UNGUIDED},
+            "unguided-roundtrip": {"train": SPIN, "generate": {**UNGUIDED, "roundtrip": True}},
+        },
+    ),
+    "mild": (
         3,
         {
-            "b1000": {"train": {**SPIN, "beta": [300, 1000]}},
-            "b5000": {"train": {**SPIN, "beta": [300, 5000]}},
-            "dropout": {"train": {**SPIN, "beta": [300, 1000], "prompt_dropout": 0.15}},
-            "unguided": {"train": SPIN, "generate": {"opponent_guidance": 1}},
-            "unguided-roundtrip": {"train": SPIN, "generate": {"opponent_guidance": 1, "roundtrip": True}},
-            "previous": {"train": {**SPIN, "beta": [300, 1000], "previous_share": 0.5}},
+            "scale0.1": {"train": {**SPIN, **MILD, "loser_gradient_scale": 0.1}},
+            "scale0.3-roundtrip": {"train": {**SPIN, **MILD}, "generate": {"roundtrip": True}},
+            "scale0.5": {"train": {**SPIN, **MILD, "loser_gradient_scale": 0.5}},
         },
     ),
 }

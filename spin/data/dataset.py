@@ -31,10 +31,11 @@ MOST_VALIDATION = 256
 
 @dataclass(frozen=True)
 class Prompt:
-    """A row's id and prompt."""
+    """A row's id and prompt, and the category that a prompt set gives it."""
 
     id: str
     prompt: str
+    category: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class HeldOut:
     id: str
     prompt: str
     image: Image.Image
+    category: str = ""
 
 
 class Dataset:

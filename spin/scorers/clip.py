@@ -4,9 +4,10 @@ CLIP score: 100 * cos(image, text), Hessel et al. 2021 without their factor 2.5 
 that the diffusion literature quotes (about 20 to 35 with OpenAI's models).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -16,46 +17,46 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from spin.errors import SpinError
 from spin.models import complete, worded
+from spin.scorers import Setting
 
 BATCH = 64
 
 
-class Clip:
-    """A frozen CLIP with its preprocessing, in float32 on ``device``."""
+class Towers:
+    """A frozen CLIPModel with its preprocessing, on one device, in one type.
 
-    def __init__(self, name: str, device: torch.device):
-        folder = self.find(name)
-        try:
-            self.model = complete(
-                CLIPModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
-            )
-            self.tokenizer = worded(CLIPTokenizer.from_pretrained(folder))
-            self.processor = CLIPImageProcessorPil.from_pretrained(folder)
-        except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise SpinError(
-                f"expected a CLIP model with safetensors, got {name!r} ({reason}); set score.clip_model"
-            ) from None
-        self.model.to(device).eval()
-        self.device = device
+    Args:
+        pixels: turns images into float32 [N, 3, H, W].
+    """
 
-    @staticmethod
-    def find(name: str) -> str:
-        """Return the folder or hub name behind ``name``; ``emoji`` is the judge of the package."""
-        return str(Path(str(files("spin.emoji") / "judge"))) if name == "emoji" else name
+    def __init__(
+        self,
+        model: CLIPModel,
+        tokenizer: CLIPTokenizer,
+        pixels: Callable[[list[Image.Image]], torch.Tensor],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.model: Any = model.to(device, dtype).requires_grad_(False).eval()
+        self.tokenizer, self.pixels, self.device, self.dtype = tokenizer, pixels, device, dtype
+
+    @property
+    def scale(self) -> float:
+        """What the network was trained to multiply cosines with."""
+        return float(self.model.logit_scale.float().exp())
 
     @torch.inference_mode()
     def images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Return unit image embeddings, [N, D]."""
+        """Return unit image embeddings, float32 [N, D]."""
         parts = []
         for start in range(0, len(images), BATCH):
-            pixels = self.processor(list(images[start : start + BATCH]), return_tensors="pt").pixel_values
-            parts.append(self.model.get_image_features(pixel_values=pixels.to(self.device)).pooler_output)
+            pixels = self.pixels(list(images[start : start + BATCH])).to(self.device, self.dtype)
+            parts.append(self.model.get_image_features(pixel_values=pixels).pooler_output.float())
         return normalize(torch.cat(parts), dim=-1)
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Return unit text embeddings, [N, D]; texts beyond the model's length are cut."""
+        """Return unit text embeddings, float32 [N, D]; texts beyond the model's length are cut."""
         length = self.model.config.text_config.max_position_embeddings
         parts = []
         for start in range(0, len(texts), BATCH):
@@ -66,8 +67,41 @@ class Clip:
                 max_length=length,
                 return_tensors="pt",
             )
-            parts.append(self.model.get_text_features(input_ids=tokens.input_ids.to(self.device)).pooler_output)
+            parts.append(self.model.get_text_features(input_ids=tokens.input_ids.to(self.device)).pooler_output.float())
         return normalize(torch.cat(parts), dim=-1)
+
+    def cosines(self, images: Sequence[Image.Image], texts: Sequence[str]) -> torch.Tensor:
+        """Return the cosine of each image with its text, float32 [N] on the CPU."""
+        return (self.images(images) * self.texts(texts)).sum(-1).cpu()
+
+
+class Clip(Towers):
+    """A CLIP from a folder or hub name, in float32 on ``device``; ``emoji`` is the judge of the package."""
+
+    def __init__(self, name: str, device: torch.device):
+        folder = self.find(name)
+        try:
+            model = complete(
+                CLIPModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+            )
+            tokenizer = worded(CLIPTokenizer.from_pretrained(folder))
+            processor = CLIPImageProcessorPil.from_pretrained(folder)
+        except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise SpinError(
+                f"expected a CLIP model with safetensors, got {name!r} ({reason}); set score.clip_model"
+            ) from None
+        super().__init__(model, tokenizer, processed(processor), device)
+
+    @staticmethod
+    def find(name: str) -> str:
+        """Return the folder or hub name behind ``name``; ``emoji`` is the judge of the package."""
+        return str(Path(str(files("spin.emoji") / "judge"))) if name == "emoji" else name
+
+
+def processed(processor: Any) -> Callable[[list[Image.Image]], torch.Tensor]:
+    """Return the preprocessing of a transformers image processor."""
+    return lambda images: processor(images, return_tensors="pt").pixel_values
 
 
 class ClipScore:
@@ -75,7 +109,7 @@ class ClipScore:
 
     name = "clip_score"
 
-    def __init__(self, clip: Clip, template: str):
+    def __init__(self, clip: Towers, template: str):
         self.clip, self.template = clip, template
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
@@ -88,7 +122,7 @@ class StyleShare:
 
     name = "style_share"
 
-    def __init__(self, clip: Clip, styles: Sequence[str]):
+    def __init__(self, clip: Towers, styles: Sequence[str]):
         self.clip, self.styles = clip, tuple(styles)
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
@@ -96,3 +130,13 @@ class StyleShare:
         embedded = self.clip.texts(texts).view(len(prompts), len(self.styles), -1)
         fit = (embedded @ self.clip.images(images).unsqueeze(-1)).squeeze(-1)
         return (fit.argmax(-1) == 0).float().cpu()
+
+
+def load_clip_score(setting: Setting) -> ClipScore:
+    """Return the CLIP score by ``score.clip_model``."""
+    return ClipScore(setting.clip, setting.config.template)
+
+
+def load_style_share(setting: Setting) -> StyleShare:
+    """Return the style share by ``score.clip_model``."""
+    return StyleShare(setting.clip, setting.config.styles)

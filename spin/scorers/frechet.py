@@ -1,25 +1,47 @@
 """Fréchet distance between two sets of images, in the features of any ``transformers`` image model.
 
+This is no scorer: it is a number of two sets, lower for nearer ones, and no image has one. What it shares with them is
+``images in, numbers out``, batched, on a device: the features, which are kept per image.
+
 Source: Heusel et al. 2017, Eq. 6. Their Inception features are replaced by the model given: with a few hundred images
 of one domain, only distances in one feature space and between sets of equal size can be compared.
 """
 
 from collections.abc import Sequence
+from importlib.resources import files
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModel
+
+from spin.errors import SpinError
+from spin.models import complete
 
 BATCH = 64
 
 
 class Features:
-    """A frozen image model with its preprocessing, in float32 on ``device``; only safetensors is loaded."""
+    """A frozen image model with its preprocessing, in float32 on ``device``; only safetensors is loaded.
+
+    Raises:
+        SpinError: ``name`` is no such model; ``emoji`` is the one of the package.
+    """
 
     def __init__(self, name: str, device: torch.device):
-        self.model = AutoModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32).to(device).eval()
-        self.processor = AutoImageProcessor.from_pretrained(name)
+        folder = str(files("spin.emoji") / "features") if name == "emoji" else name
+        try:
+            self.model = complete(
+                AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+            )
+            self.processor = AutoImageProcessor.from_pretrained(folder)
+        except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise SpinError(
+                f"expected an image model with safetensors, got {name!r} ({reason}); set score.frechet_model"
+            ) from None
+        self.model.to(device).requires_grad_(False).eval()
         self.device = device
 
     @torch.inference_mode()

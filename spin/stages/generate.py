@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_PARTS = 120.0
 """What a killed shard loses at most, beside the batch that it was drawing."""
-PART = "losers.safetensors"
 
 
 def opponent_of(run: Run, iteration: int, for_what: str) -> Ref:
@@ -45,14 +44,16 @@ def prompts_of(data: "Dataset", config: RunConfig, iteration: int) -> "list[Prom
     from spin.training import consumed
 
     rows = sorted(consumed(data.ids, config.train, iteration))
-    return [*(Prompt(data.ids[row], data.prompts[row]) for row in rows), *data.validation]
+    unseen = [] if config.train.ranks else data.validation
+    return [*(Prompt(data.ids[row], data.prompts[row]) for row in rows), *unseen]
 
 
 def generate(place: Place, iteration: int, shard: int = 0, shards: int = 1) -> Index:
     """Draw and store the losers of one shard, as latents.
 
     Returns:
-        The index: output ``losers``, a safetensors file with ``latents`` float16 [n, C, H, W] and the pair ids.
+        The index: output ``losers``, a safetensors file with ``latents`` float16 [n, C, H, W] and the pair ids. Where
+        a scorer makes the pairs, ``losers`` are the worst draws of the training prompts, ``winners`` the best.
     """
     iteration, shard, shards = whole_iteration(iteration, 1), int(shard), whole_shards(shards)
     if not 0 <= shard < shards:
@@ -72,6 +73,9 @@ def generate(place: Place, iteration: int, shard: int = 0, shards: int = 1) -> I
         # What decides which pairs are trained on.
         "order": [train.seed, train.previous_share, *(train.consumes(k) for k in (iteration, iteration + 1))],
     }
+    if config.train.ranks:
+        score = config.score.model_dump(mode="json", include={"clip_model", "template"})
+        inputs["ranked"] = {"draws": config.train.ranked_draws, "score": score}
     if index := run.find(stage, inputs):
         _clean(run, stage)
         logger.info("iteration %d: shard %d of %d complete", iteration, shard + 1, shards)
@@ -99,6 +103,7 @@ def _generate(
     from spin.accounting import cost, flops_per_image
     from spin.data.dataset import Dataset, Latents
     from spin.sampling import batches, fast_precision, roundtrip, sample_latents, shard_batches
+    from spin.scoring import best_and_worst, primary_scorer
     from spin.seeding import noise_of
 
     shard, shards, options = inputs["shard"], inputs["shards"], config.generate.of_losers
@@ -108,11 +113,17 @@ def _generate(
     if not config.train.needs_losers:
         logger.info("iteration %d: %s needs no losers, none are drawn", iteration, config.train.objective)
     progress = _Progress(run, stage, digest_of(inputs))
-    drawn, ids, total = [], [], sum(len(rows) for rows in mine)
-    if files := progress.files():
-        kept = Latents(files)
-        ids = kept.ids
-        drawn.append(kept.of(ids))
+    # A scorer makes pairs of several draws of a prompt; else there is one, the loser.
+    ranks = config.train.ranks
+    samples: list[tuple[int, ...]] = [(i,) for i in range(config.train.ranked_draws)] if ranks else [()]
+    drawn: dict[str, list[torch.Tensor]] = {"losers": [], "winners": []} if ranks else {"losers": []}
+    ids: list[str] = []
+    total = sum(len(rows) for rows in mine) * len(samples)
+    if folders := progress.folders():
+        for side in drawn:
+            kept = Latents([folder / f"{side}.safetensors" for folder in folders])
+            ids = kept.ids
+            drawn[side].append(kept.of(ids))
         logger.info("iteration %d: shard %d of %d: going on after %d images", iteration, shard + 1, shards, len(ids))
     spent: dict[str, float] = {}
     if mine:
@@ -120,59 +131,67 @@ def _generate(
         model.compile_for(config.compile, total)
         precision = fast_precision(model.device)
         flops = flops_per_image(model, pairs.latents_shape, options, decoded=False)
+        scorer = primary_scorer(config.score, model.device, run.store.download) if ranks else None
     with tempfile.TemporaryDirectory(prefix="spin-") as scratch, ThreadPoolExecutor(1) as uploads:
-        fresh, since = len(drawn), time.monotonic()
+        fresh, since = len(ids), time.monotonic()
         upload: Future[None] | None = None
         for number, rows in enumerate(mine[progress.batches :], progress.batches + 1):
-            names = [prompts[row].id for row in rows]
-            noise = torch.stack(
-                [noise_of(pairs.latents_shape, "generate", options.seed, iteration, id) for id in names]
-            )
-            latents = sample_latents(model, [prompts[row].prompt for row in rows], noise, options, precision)
-            if options.roundtrip:
-                latents = roundtrip(model, latents, precision)
-            drawn.append(latents.cpu())
+            names, asked = [prompts[row].id for row in rows], [prompts[row].prompt for row in rows]
+            draws = []
+            for sample in samples:
+                name = ("generate", options.seed, iteration)
+                noise = torch.stack([noise_of(pairs.latents_shape, *name, id, *sample) for id in names])
+                latents = sample_latents(model, asked, noise, options, precision)
+                draws.append((roundtrip(model, latents, precision) if options.roundtrip else latents).cpu())
+            if scorer:
+                winners, losers = best_and_worst(torch.stack(draws), model, scorer, asked, precision)
+                drawn["winners"].append(winners)
+                drawn["losers"].append(losers)
+            else:
+                drawn["losers"] += draws
             ids += names
             logger.info(
                 "iteration %d: shard %d of %d: %d of %d images, %.1f images/s",
                 iteration,
                 shard + 1,
                 shards,
-                len(ids),
+                len(ids) * len(samples),
                 total,
-                len(ids) / max(progress.before + clock.seconds, 1e-3),
+                len(ids) * len(samples) / max(progress.before + clock.seconds, 1e-3),
             )
             if time.monotonic() - since > SECONDS_BETWEEN_PARTS and number < len(mine):
                 # The next batch is drawn beside the upload.
-                part = torch.cat(drawn[fresh:])
                 if upload:
                     upload.result()
                 folder = Path(scratch) / f"part-{number:06d}"
                 folder.mkdir()
-                Latents.write(folder / PART, ids[-len(part) :], part)
+                for side, parts in drawn.items():
+                    Latents.write(folder / f"{side}.safetensors", ids[fresh:], torch.cat(parts)[fresh:])
                 upload = uploads.submit(progress.keep, folder, number, clock.seconds)
-                fresh, since = len(drawn), time.monotonic()
+                fresh, since = len(ids), time.monotonic()
         if upload:
             upload.result()
-        path = Path(scratch) / "losers.safetensors"
-        Latents.write(path, ids, torch.cat(drawn) if drawn else torch.zeros(0, *pairs.latents_shape))
-        losers = run.store.put_file(path)
+        outputs = {}
+        for side, parts in drawn.items():
+            path = Path(scratch) / f"{side}.safetensors"
+            Latents.write(path, ids, torch.cat(parts) if parts else torch.zeros(0, *pairs.latents_shape))
+            outputs[side] = run.store.put_file(path)
     seconds = round(progress.before + clock.seconds, 2)
     if mine:
-        spent = cost(model.device, precision, flops, len(ids), seconds, accelerators)
+        spent = cost(model.device, precision, flops, total, seconds, accelerators)
     index = run.finish(
         Index(
             stage=stage,
             iteration=iteration,
             inputs=inputs,
-            outputs={"losers": losers},
+            outputs=outputs,
             facts={
                 "batches": len(mine),
                 "batches_in_all": len(batches(len(prompts), options.batch_size)),
                 "left_out": len(pairs) + len(pairs.validation) - len(prompts) if prompts else 0,
             },
             seconds=seconds,
-            items=len(ids),
+            items=total,
             cost=spent,
             producer=producer(),
         )
@@ -198,10 +217,10 @@ class _Progress:
             self.parts = [Ref.model_validate(part) for part in found["parts"]]
             self.batches, self.before = found["batches"], found["seconds"]
 
-    def files(self) -> list[Path]:
-        """Return the files of the parts; none where they cannot be read any more."""
+    def folders(self) -> list[Path]:
+        """Return the folders of the parts; none where they cannot be read any more."""
         try:
-            return [self.run.store.get(part) / PART for part in self.parts]
+            return [self.run.store.get(part) for part in self.parts]
         except SpinError as error:
             logger.warning("%s: starting anew, a part cannot be read (%s)", self.stage, error)
             self.parts, self.batches, self.before = [], 0, 0.0
@@ -219,11 +238,11 @@ class _Progress:
 
 
 def _clean(run: Run, stage: str) -> None:
-    """Remove the parts of a finished shard; a store that forbids it costs space, not the run."""
+    """Remove the parts of a finished shard, the word of them first; a store that forbids it costs space alone."""
     if progress := run.read_progress(stage):
         try:
+            run.drop_progress(stage)
             for part in progress["parts"]:
                 run.store.remove(Ref.model_validate(part))
-            run.drop_progress(stage)
         except SpinError as error:
             logger.warning("parts of %s stay in the store (%s)", stage, error)

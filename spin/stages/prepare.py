@@ -40,7 +40,7 @@ def prepare(
         SpinError: anything about the options, the store, the base model or the images that would stop the run later.
     """
     config = resolve(preset, base_model, data_source, overrides or {})
-    if whole_iteration(iterations, 1) > 1 and config.train.needs_pairs:
+    if whole_iteration(iterations, 1) > 1 and config.train.objective == "dpo":
         raise SpinError(
             f"expected 1 iteration for train.objective dpo, got {iterations}; its reference stays the base model"
         )
@@ -50,6 +50,8 @@ def prepare(
     inputs: dict[str, Any] = {"config": config.model_dump(mode="json", include={"preset", "base_model", "data"})}
     if config.train.needs_pairs:
         inputs["pairs"] = True
+    if config.score.prompts:
+        inputs["prompts"] = config.score.prompts
     if index := run.find("prepare", inputs):
         logger.info("prepare: complete, %d pairs", index.items)
     else:
@@ -61,10 +63,12 @@ def prepare(
 
 
 def _prepare(run: Run, config: RunConfig, inputs: dict[str, Any], clock: Clock) -> Index:
-    from spin import models
+    from spin import models, prompts
     from spin.sampling import solver
-    from spin.scorers.clip import Clip
+    from spin.scorers import Setting, load
+    from spin.scorers.frechet import Features
     from spin.training import process_for
+    from spin.weights import Weights
 
     def local(name: str) -> str:
         return str(run.store.download(name)) if name.startswith("s3://") else name
@@ -74,8 +78,13 @@ def _prepare(run: Run, config: RunConfig, inputs: dict[str, Any], clock: Clock) 
     shape = model.latents_shape(config.data.resolution)
     process_for(config.train, model.scheduler_config)
     solver(model, config.generate, shape[-1])
-    # A judge that does not load would be noticed only when the first player is scored.
-    Clip(config.score.clip_model, model.device)
+    # What does not load would be noticed only when the first player is scored.
+    setting = Setting(config.score, model.device, Weights(config.score.weights, run.store.download))
+    for name in config.score.scorers:
+        load(name, setting)
+    if config.score.frechet_model:
+        Features(config.score.frechet_model, model.device)
+    asked = {"prompts": prompts.stored(run.store, config.score.prompts)} if config.score.prompts else {}
     with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
         work = Path(scratch)
         data = config.data.model_copy(update={"source": local(config.data.source)})
@@ -106,7 +115,7 @@ def _prepare(run: Run, config: RunConfig, inputs: dict[str, Any], clock: Clock) 
             stage="prepare",
             iteration=0,
             inputs=inputs,
-            outputs={"dataset": dataset, "base": base},
+            outputs={"dataset": dataset, "base": base, **asked},
             facts={
                 **{f"{split}_rows": counts[split] for split in ("train", "validation", "test")},
                 "rejected_rows": sum(rejections.values()),

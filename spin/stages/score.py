@@ -41,12 +41,17 @@ def score(place: Place, iteration: int) -> Scored:
         "generate": config.generate.model_dump(mode="json"),
         "config": config.score.model_dump(mode="json"),
     }
+    asked = prepared.outputs.get("prompts")
+    if asked:
+        inputs["prompts"] = asked.digest
     if index := run.find(stage, inputs):
         logger.info("iteration %d: scores complete", iteration)
     else:
         from spin.scoring import score_player
 
-        index = score_player(run, config, iteration, stage, player, dataset, earlier, inputs, clock, place.accelerators)
+        index = score_player(
+            run, config, iteration, stage, player, dataset, asked, earlier, inputs, clock, place.accelerators
+        )
     rows, verdicts = [*earlier, index], [verdict_of(stage) for stage in trained]
     sheet = run.store.get(index.outputs["sheet"])
     spent = costs([Row("base", "", 0, rows[:1], []), *_played(run, trained, rows)], place.accelerators)

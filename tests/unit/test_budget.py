@@ -55,6 +55,10 @@ def test_a_run_is_its_steps_and_its_losers() -> None:
     unguided = override(config(steps=[10]), {"generate": {"opponent_guidance": 1}})
     assert passes(unguided, pairs=100, iterations=1) == 10 * 4 * 8 + 40 * 20
     assert passes(config(objective="sft"), pairs=100, iterations=1) == 10 * 4 * 3
+    # 3 draws per prompt, of which two are learnt from.
+    ranked = config(objective="dpo", pairs="ranked", ranked_draws=3)
+    assert passes(ranked, pairs=100, iterations=1) == 10 * 4 * 8 + 3 * 40 * 40
+    assert passes(config(objective="dpo"), pairs=100, iterations=1) == 10 * 4 * 8
 
 
 @pytest.mark.parametrize(

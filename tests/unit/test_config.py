@@ -94,6 +94,8 @@ def test_micro_batches_must_fill_the_batch() -> None:
         {"objective": "sft", "shared_noise": False},
         {"objective": "sft", "link": "hinge"},
         {"objective": "dpo", "previous_share": 0.5},
+        {"objective": "dpo", "ranked_draws": 8},
+        {"objective": "spin", "pairs": "ranked"},
     ],
 )
 def test_options_without_use_are_refused(options: dict[str, Any]) -> None:
@@ -197,3 +199,8 @@ def test_every_preset_is_valid_and_survives_json(name: str) -> None:
     again = RunConfig.model_validate(json.loads(json.dumps(config.model_dump(mode="json"))))
     assert again == config
     assert override(config, config.model_dump(mode="json")) == config
+
+
+def test_a_sharded_player_is_not_asked_to_draw() -> None:
+    message = refusal({"train": {"sharding": "fsdp", "validate_every": 10}})
+    assert "expected validate_every 0 with sharding fsdp, got 10; set steps instead" in message

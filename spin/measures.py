@@ -1,0 +1,93 @@
+"""What is estimated from scores per image: means, the best of several images, win rates; each with its interval."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from spin.scorers import AVERAGED, PRIMARY
+from spin.stats import bootstrap, per_prompt, wins
+
+AVERAGE = "average"
+MOST_CATEGORIES = 20
+"""With more of them, a table by category tells nothing; the scores per image still have the column."""
+
+
+def with_average(names: Sequence[str]) -> list[str]:
+    """Return ``names`` and, where all four scorers of the paper's average are among them, ``average``."""
+    return [*names, AVERAGE] if set(AVERAGED) <= {*names} else [*names]
+
+
+def average(scores: Mapping[str, Sequence[float]]) -> list[float]:
+    """Return the plain mean of the paper's four scores, image by image."""
+    mean: list[float] = np.mean([scores[name] for name in AVERAGED], axis=0).tolist()
+    return mean
+
+
+def representatives(table: pa.Table, images_per_prompt: int) -> np.ndarray:
+    """Return the row of each prompt's best image, int [P]: best on the average, without it on the primary score.
+
+    ``table`` is ordered by prompt. Source: the paper draws five images per prompt and keeps one of them so.
+    """
+    deciding = table[AVERAGE if AVERAGE in table.column_names else PRIMARY].to_numpy()
+    best = deciding.reshape(-1, images_per_prompt).argmax(axis=1)
+    rows: np.ndarray = best + np.arange(len(best)) * images_per_prompt
+    return rows
+
+
+def measure(
+    table: pa.Table,
+    earlier: Mapping[str, pa.Table],
+    names: Sequence[str],
+    images_per_prompt: int,
+    resamples: int,
+) -> dict[str, dict[str, Any]]:
+    """Return the estimates of one split as facts.
+
+    Args:
+        table: one row per image, ordered by prompt and sample.
+        earlier: the same of earlier players by their title, the base first; rows are paired with ``table``'s.
+        names: columns with scores.
+
+    Returns:
+        ``metrics``: the mean over prompts of one image's expected score, its median over images, and ``win_rate``
+        over the base on the primary score. ``best_of_n``: the same of each prompt's best image, where several are
+        drawn. ``win_rates``: on every score over every earlier player, image by image. ``by_category``: means by the
+        prompt set's categories, where it has some. Intervals are over prompts; ties count half.
+    """
+
+    def estimate(values: np.ndarray, n: int = images_per_prompt) -> dict[str, float]:
+        return bootstrap(per_prompt(values, n), resamples).as_dict()
+
+    scores = {name: table[name].to_numpy() for name in names}
+    metrics = {name: estimate(values) | {"median": float(np.median(values))} for name, values in scores.items()}
+    rates = {
+        title: {name: estimate(wins(values, theirs[name].to_numpy())) for name, values in scores.items()}
+        for title, theirs in earlier.items()
+    }
+    if rates:
+        metrics["win_rate"] = next(iter(rates.values()))[PRIMARY]
+    facts: dict[str, dict[str, Any]] = {"metrics": metrics, "win_rates": rates}
+    if images_per_prompt > 1:
+        best = table.take(representatives(table, images_per_prompt))
+        facts["best_of_n"] = {name: estimate(best[name].to_numpy(), 1) for name in names}
+        if earlier:
+            base = next(iter(earlier.values()))
+            base = base.take(representatives(base, images_per_prompt))
+            won = wins(best[PRIMARY].to_numpy(), base[PRIMARY].to_numpy())
+            facts["best_of_n"]["win_rate"] = estimate(won, 1)
+    categories = [name for name in pc.unique(table["category"]).to_pylist() if name]
+    if 1 < len(categories) <= MOST_CATEGORIES:
+        facts["by_category"] = {}
+        for category in categories:
+            mine = pc.equal(table["category"], category).to_numpy()
+            facts["by_category"][_plain(category)] = {name: estimate(values[mine]) for name, values in scores.items()}
+    return facts
+
+
+def _plain(category: str) -> str:
+    """Return ``category`` in signs that MLflow takes in the name of a metric."""
+    return re.sub(r"[^\w -]+", "_", category, flags=re.ASCII)[:60]

@@ -1,0 +1,162 @@
+"""Scoring a player: what a killed attempt keeps, prompts of one's own, and what is refused."""
+
+import shutil
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+import spin.scoring
+from spin.data.dataset import Dataset
+from spin.errors import SpinError
+from spin.prompts import KNOWN, load, stored
+from spin.scorers.clip import ClipScore
+from spin.scorers.frechet import Features, frechet_distance
+from spin.scoring import decode_png
+from spin.stages import Place
+from spin.stages.generate import generate
+from spin.stages.prepare import prepare
+from spin.stages.score import score
+from spin.stages.train import train
+from spin.weights import digest_of_weights
+from tests import tiny
+from tests.integration.world import BUCKET, World
+
+pytestmark = pytest.mark.integration
+
+
+def refusal(action: Callable[..., object], *arguments: Any) -> str:
+    with pytest.raises(SpinError) as refused:
+        action(*arguments)
+    return str(refused.value)
+
+
+def prepared(world: World, run_key: str, judge: Path | None = None, **scoring: object) -> Place:
+    """Prepare a run whose scoring has the options ``scoring``; return its place."""
+    place, options = world.place(run_key), tiny.overrides(judge or world.judge)
+    options["score"] |= scoring  # type: ignore[operator]
+    prepare(place, "emoji-cpu", str(world.base), str(world.images), options, iterations=2)
+    return place
+
+
+def test_scoring_goes_on_where_it_was_killed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks that are stored are not drawn again, and the result is the same to the byte.
+
+    One chunk's images are held at a time.
+    """
+    monkeypatch.setattr("spin.scoring.CHUNK", 4)
+    whole = score(prepared(world, "unbroken", images_per_prompt=5), 0).index
+    place = prepared(world, "killed", images_per_prompt=5)
+    drawn: list[int] = []
+    images: list[weakref.ref[Image.Image]] = []
+    real = spin.scoring.draw
+
+    def draw(model: object, config: object, jobs: list[object], shape: object) -> object:
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(len(jobs))
+        assert not [image for image in images if image()]
+        found = real(model, config, jobs, shape)
+        images.extend(map(weakref.ref, found))
+        return found
+
+    monkeypatch.setattr("spin.scoring.draw", draw)
+    with pytest.raises(KeyboardInterrupt):
+        score(place, 0)
+    progress = world.run("killed").read_progress("iteration-000/score")
+    assert progress is not None
+    assert len(progress["chunks"]) == 2
+    assert world.run("killed").find("iteration-000/score") is None
+    drawn[:] = [0] * 3
+    index = score(place, 0).index
+    assert sum(drawn[3:]) == index.items - 8
+    assert index.outputs == whole.outputs
+    assert index.facts == whole.facts
+    # What the chunks held is in the outputs now.
+    assert world.run("killed").read_progress("iteration-000/score") is None
+    assert all(f"folders/{ref['digest']}.json" not in world.names("folders/") for ref in progress["chunks"])
+
+
+def test_other_weights_are_not_put_beside(world: World, tmp_path: Path) -> None:
+    """A judge that changed between iterations would give differences that are its own."""
+    judge = tmp_path / "judge"
+    shutil.copytree(world.judge, judge)
+    place = prepared(world, "other-judge", judge)
+    score(place, 0)
+    generate(place, 1)
+    train(place, 1)
+    (judge / "notes.txt").write_text("another")
+    assert "expected the weights of clip_score that iteration 0 was scored with" in refusal(score, place, 1)
+    assert world.run("other-judge").find("iteration-001/score") is None
+
+
+def test_a_file_of_prompts_stands_for_the_test_split(world: World, tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text("prompt,category\n<b>cat</b>,one\ncolour 3,two\ncolour 3,two\n")
+    place = prepared(world, "own-prompts", prompts=str(tmp_path / "mine.csv"), images_per_prompt=3)
+    made = world.run("own-prompts").need("prepare", "")
+    scored = score(place, 0)
+    assert scored.index.facts["prompts"] == {"validation": made.facts["validation_rows"], "test": 3}
+    assert scored.index.inputs["prompts"] == made.outputs["prompts"].digest
+    table = pq.read_table(world.store().get(scored.index.outputs["scores"]), filters=[("split", "=", "test")])
+    assert table["prompt"].to_pylist() == ["<b>cat</b>"] * 3 + ["colour 3"] * 6
+    values = table["clip_score"].to_numpy().reshape(3, 3)
+    assert len({*values.flatten()}) == 9
+    found = {kind: scored.index.facts[kind]["test"] for kind in ("metrics", "best_of_n", "by_category")}
+    assert found["metrics"]["clip_score"]["value"] == pytest.approx(values.mean(), abs=1e-4)
+    assert found["best_of_n"]["clip_score"]["value"] == pytest.approx(values.max(1).mean(), abs=1e-4)
+    assert found["by_category"]["two"]["clip_score"]["value"] == pytest.approx(values[1:].mean(), abs=1e-4)
+    assert "<b>" not in scored.html
+
+
+def test_a_score_that_is_no_number_stops_the_stage(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = prepared(world, "no-number")
+    monkeypatch.setattr(ClipScore, "score", lambda _, images, __: torch.full((len(images),), float("nan")))
+    assert "expected finite scores from clip_score, got nan for 'colour" in refusal(score, place, 0)
+    assert world.documents("no-number").keys() == {"run.json", "prepare.json"}
+
+
+def test_the_frechet_distance_is_that_of_the_first_images(world: World) -> None:
+    place = prepared(world, "distance", frechet_model="emoji", images_per_prompt=2)
+    index = score(place, 0).index
+    pictures = pq.read_table(world.store().get(index.outputs["images"])).to_pylist()
+    data = Dataset(world.store().get(world.run("distance").need("prepare", "").outputs["dataset"]))
+    features = Features("emoji", torch.device("cpu"))
+    for split in ("validation", "test"):
+        drawn = [decode_png(row["image"]) for row in pictures if row["split"] == split and row["sample"] == 0]
+        real = [row.image for row in data.held_out(split, 500)]
+        wanted = frechet_distance(features.of(drawn), features.of(real))
+        assert index.facts["frechet_distance"][split] == pytest.approx(wanted, rel=1e-4)
+    with pytest.raises(SpinError, match=r"expected an image model .+ '/nowhere' .+; set score.frechet_model"):
+        prepared(world, "no-features", frechet_model="/nowhere")
+
+
+def test_a_judge_on_the_server_scores_as_the_one_on_disk(world: World) -> None:
+    for path in world.judge.iterdir():
+        world.minio().fput_object(BUCKET, f"users/ann/judge/{path.name}", str(path))
+    place = prepared(world, "judge-on-server", clip_model=f"s3://{BUCKET}/users/ann/judge")
+    found, wanted = score(place, 0).index, score(prepared(world, "judge-on-disk"), 0).index
+    assert found.outputs == wanted.outputs
+    assert found.facts["weights"] == wanted.facts["weights"] == {"clip_score": digest_of_weights(world.judge)}
+
+
+def test_a_known_set_is_fetched_once_per_store(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, fetched = tmp_path / "PartiPrompts.tsv", []
+    home.write_text("Prompt\tCategory\na cat\tAnimals\na map\tArts\n")
+
+    def fetch(url: str) -> Path:
+        fetched.append(url)
+        return home
+
+    monkeypatch.setattr("spin.prompts.download", fetch)
+    monkeypatch.setitem(KNOWN, "partiprompts", replace(KNOWN["partiprompts"], count=2))
+    refs = [stored(world.store(), "partiprompts") for _ in range(2)]
+    assert refs[0] == refs[1]
+    assert fetched == [KNOWN["partiprompts"].url]
+    rows = [(row.prompt, row.category) for row in load(world.store().get(refs[0]))]
+    assert rows == [("a cat", "Animals"), ("a map", "Arts")]
