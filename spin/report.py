@@ -79,6 +79,28 @@ def markdown(run_key: str, rows: Sequence[Index], verdicts: Sequence[tuple[str, 
     return "\n".join([*lines, ""])
 
 
+def decision(registered: Index) -> str:
+    """Return what register-model decided, as Markdown: the challenger, the gate's outcome, each condition."""
+    facts, gate = registered.facts, registered.facts.get("gate")
+    if gate is None:
+        return "# Nothing registered\n\nThe first iteration diverged; the base model is the best.\n"
+    name = f"{facts['model_name']} version {facts['version']}" if facts["version"] else "not registered"
+    lines = [
+        f"# Gate: {gate['outcome']}",
+        "",
+        f"Challenger: iteration {registered.iteration}, {name}",
+        "",
+        gate["reason"],
+    ]
+    conditions = [
+        [f["name"], cell(f["name"], f), f"above {f['above']:g}", "yes" if f["low"] > f["above"] else "no"]
+        for f in gate["findings"]
+    ]
+    if conditions:
+        lines += ["", *_grid(["", f"against {gate['against']}", "asked for", "surely so"], conditions)]
+    return "\n".join([*lines, ""])
+
+
 def comparison(run_key: str, base: Index, compared: Index) -> str:
     """Return the tables of a comparison as Markdown: scores, standing against base and rival, and costs."""
     facts = compared.facts

@@ -8,16 +8,21 @@ With ``MLFLOW_RUN_ID`` in the environment (set by KFP's own MLflow plugin) that 
 to, never ended.
 """
 
+import json
 import logging
 import os
+import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from spin.config import RunConfig
+from spin.config import GenerateConfig, RunConfig
 from spin.errors import SpinError
 from spin.run import Index
 from spin.stages import Place, logger
@@ -29,15 +34,31 @@ SECONDS_BEFORE_RETRY = 20.0
 LARGEST_SHARE = 0.1
 RUN_KEY, STAGE, ITERATION, INDEX = "spin.run_key", "spin.stage", "spin.iteration", "spin.index_digest"
 FAILURE = "spin.failure"
+DIGEST, CHAMPIONS = "spin.digest", "spin.champions"
 PARENT = "pipeline"
+MODEL_TYPE = "text-to-image"
+SERVED_WITH = ("mlflow", "torch", "diffusers", "transformers", "accelerate", "safetensors", "pillow", "pandas")
+TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+SECONDS_TO_UPLOAD = 900
+
+
+def without_password(text: str) -> str:
+    """Return ``text`` without the user and password of addresses in it."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return without_password(lines[0])[:200] if lines else type(error).__name__
 
 
 def _client(uri: str) -> Any:
     # A server that is away must cost seconds, not MLflow's default of several minutes.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault(TIMEOUT, "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ["MLFLOW_TRACKING_URI"] = uri
     from mlflow import MlflowClient
 
@@ -70,6 +91,37 @@ def _find_or_create(client: Any, place: Place, experiment: str, stage: str, tags
 
 def _parent(client: Any, place: Place, experiment: str) -> Any:
     return _find_or_create(client, place, experiment, PARENT, {})
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of a registered model; ``source`` is where MLflow keeps it."""
+
+    number: str
+    source: str
+    run_id: str
+    tags: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the registry is told of a player: lineage, scores, and how it draws.
+
+    Attributes:
+        stage: the training stage, whose MLflow run the version belongs to.
+        tags: lineage, with the tags ``RUN_KEY``, ``ITERATION`` and ``DIGEST``, which name the player.
+        params, scores: columns of MLflow's table of models.
+        solver: options of the diffusion solver; empty: the model's own.
+    """
+
+    stage: str
+    iteration: int
+    tags: Mapping[str, str]
+    params: dict[str, str]
+    scores: Mapping[str, float]
+    generate: GenerateConfig
+    resolution: int
+    solver: Mapping[str, Any]
 
 
 class StageLog:
@@ -130,10 +182,8 @@ class StageLog:
             now = time.monotonic()
             self._away_until = now + max(SECONDS_BEFORE_RETRY, (now - started) / LARGEST_SHARE)
             if not self.warned:
-                reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-                logger.warning(
-                    "MLflow at %s is out of reach (%s); going on without it", self.place.tracking_uri, reason
-                )
+                where = without_password(self.place.tracking_uri)
+                logger.warning("MLflow at %s is out of reach (%s); going on without it", where, _first_line(error))
                 self.warned = True
             return False
         return True
@@ -265,7 +315,7 @@ class StageLog:
         if not self._drain(force=True):
             logger.warning(
                 "MLflow at %s is still out of reach; %s is safe in the store, run the stage again to log it",
-                self.place.tracking_uri,
+                without_password(self.place.tracking_uri),
                 self.stage,
             )
 
@@ -314,16 +364,16 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class Registry:
-    """The model registry of the run's MLflow server.
+    """The model registry of an MLflow server.
 
     Raises:
-        SpinError: no server, or it refuses; nothing is lost, the stage can be run again.
+        SpinError: no server, or it refuses; nothing is lost, the command can be given again.
     """
 
-    def __init__(self, place: Place):
-        if not place.tracking_uri:
+    def __init__(self, tracking_uri: str):
+        if not tracking_uri:
             raise SpinError("expected an MLflow server for the registry, got no tracking_uri; set it")
-        self.place, self._client = place, _client(place.tracking_uri)
+        self._uri, self._client = tracking_uri, _client(tracking_uri)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -333,37 +383,161 @@ class Registry:
             yield
         except MlflowException as error:
             raise SpinError(
-                f"expected the MLflow registry at {self.place.tracking_uri}, got {str(error).splitlines()[0][:200]}; "
-                "check tracking_uri and run register-model again"
+                f"expected the MLflow registry at {without_password(self._uri)}, got {_first_line(error)}; check "
+                "tracking_uri and the names, and try again"
             ) from None
 
-    def register(self, name: str, uri: str, tags: Mapping[str, str], stage: str) -> str:
-        """Return the version of ``name`` that stands for this player; it is created once."""
+    def _known(self, question: Callable[[], Any]) -> Any:
+        """Return the answer, or ``None`` where the server knows no such model or version."""
         from mlflow.exceptions import MlflowException
 
         with self._errors():
             try:
-                self._client.create_registered_model(name, tags={"spin.kind": "diffusers pipeline folder"})
+                return question()
+            except MlflowException as error:
+                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                    return None
+                raise
+
+    def find(self, name: str, tags: Mapping[str, str]) -> Version | None:
+        """Return the newest version of ``name`` that has all of ``tags``."""
+        with self._errors():
+            found = [
+                version
+                for version in self._client.search_model_versions(f"name = '{name}'")
+                if version.tags.items() >= tags.items() and version.status == "READY"
+            ]
+        return max((_version(version) for version in found), key=lambda version: int(version.number), default=None)
+
+    def version(self, name: str, number: str) -> Version | None:
+        """Return a version by its number, if there is one."""
+        return self._known(lambda: _version(self._client.get_model_version(name, number)))
+
+    def aliased(self, name: str, alias: str) -> Version | None:
+        """Return the version that ``alias`` points to."""
+        model = self._known(lambda: self._client.get_registered_model(name))
+        number = model.aliases.get(alias) if model else None
+        return self.version(name, number) if number else None
+
+    def register(self, place: Place, name: str, player: Path, card: Card) -> Version:
+        """Return the version of ``name`` that stands for a player; it is made once.
+
+        The player's folder is packed into an MLflow model that needs neither spin nor the store: what is served
+        outlives the run. Its files go through the MLflow server.
+        """
+        from mlflow.entities import LoggedModelOutput, Metric
+        from mlflow.exceptions import MlflowException
+
+        same = {key: card.tags[key] for key in (RUN_KEY, ITERATION, DIGEST)}
+        if known := self.find(name, same):
+            return known
+        with self._errors(), _patiently():
+            try:
+                self._client.create_registered_model(name)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-            same = ("spin.run_key", "spin.iteration", "spin.digest")
-            for version in self._client.search_model_versions(f"name = '{name}'"):
-                if all(version.tags.get(key) == tags[key] for key in same):
-                    return str(version.version)
-            experiment = _experiment(self._client, self.place.experiment)
-            run = _find_or_create(self._client, self.place, experiment, stage, {})
-            made = self._client.create_model_version(name, source=uri, run_id=run.info.run_id, tags=dict(tags))
-            return str(made.version)
+            experiment = _experiment(self._client, place.experiment)
+            run_id = _find_or_create(self._client, place, experiment, card.stage, {}).info.run_id
+            model = self._client.create_logged_model(
+                experiment, f"{place.run_key}-{card.iteration:03d}", run_id, dict(card.tags), card.params, MODEL_TYPE
+            )
+            try:
+                with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
+                    _pack(Path(scratch) / "model", player, card, model.model_id, run_id)
+                    self._client.log_model_artifacts(model.model_id, str(Path(scratch) / "model"))
+            except BaseException:
+                self._client.finalize_logged_model(model.model_id, "FAILED")
+                raise
+            self._client.finalize_logged_model(model.model_id, "READY")
+            # MLflow's table of models shows the scores beside each of them.
+            self._client.log_outputs(run_id, models=[LoggedModelOutput(model.model_id, card.iteration)])
+            now = int(time.time() * 1000)
+            scores = [
+                Metric(key, value, now, card.iteration, model_id=model.model_id) for key, value in card.scores.items()
+            ]
+            self._client.log_batch(run_id, metrics=scores)
+            made = self._client.create_model_version(
+                name, model.artifact_location, run_id=run_id, tags=dict(card.tags), model_id=model.model_id
+            )
+            return _version(made)
 
-    def point(self, name: str, alias: str, version: str) -> None:
-        """Move ``alias`` to ``version``."""
+    def point(self, name: str, alias: str, number: str) -> None:
+        """Move ``alias`` to a version."""
         with self._errors():
-            self._client.set_registered_model_alias(name, alias, version)
+            self._client.set_registered_model_alias(name, alias, number)
 
-    def close_run(self) -> str:
-        """Mark the parent run as finished and return its id."""
+    def tag(self, name: str, number: str, tags: Mapping[str, str]) -> None:
+        """Add tags to a version."""
         with self._errors():
-            parent = _parent(self._client, self.place, _experiment(self._client, self.place.experiment))
+            for key, value in tags.items():
+                self._client.set_model_version_tag(name, number, key, value)
+
+    def champions(self, name: str) -> list[dict[str, str]]:
+        """Return the champions so far, the present one last, as ``set_champions`` left them."""
+        model = self._known(lambda: self._client.get_registered_model(name))
+        listed: list[dict[str, str]] = json.loads(model.tags.get(CHAMPIONS, "[]")) if model else []
+        return listed
+
+    def set_champions(self, name: str, champions: Sequence[Mapping[str, str]]) -> None:
+        """Keep the list of champions with the registered model."""
+        with self._errors():
+            self._client.set_registered_model_tag(name, CHAMPIONS, json.dumps(list(champions)))
+
+    def close_run(self, place: Place) -> str:
+        """Mark the run's parent as finished and return its id."""
+        with self._errors():
+            parent = _parent(self._client, place, _experiment(self._client, place.experiment))
             self._client.set_terminated(parent.info.run_id, "FINISHED")
             return str(parent.info.run_id)
+
+
+def _version(found: Any) -> Version:
+    return Version(str(found.version), found.source or "", found.run_id or "", dict(found.tags))
+
+
+def _pack(target: Path, player: Path, card: Card, model_id: str, run_id: str) -> None:
+    """Write an MLflow model folder: the served file, the player's weights, signature and requirements."""
+    import pandas as pd
+    from mlflow import pyfunc
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+    drawn = card.generate
+    signature = ModelSignature(
+        inputs=Schema([ColSpec(DataType.string, "prompt")]),
+        outputs=Schema([ColSpec(DataType.binary, "image")]),
+        params=ParamSchema(
+            [
+                ParamSpec("num_inference_steps", DataType.long, drawn.num_inference_steps),
+                ParamSpec("guidance_scale", DataType.double, drawn.guidance_scale),
+                ParamSpec("seed", DataType.long, 0),
+            ]
+        ),
+    )
+    pyfunc.save_model(
+        target,
+        mlflow_model=Model(model_id=model_id, run_id=run_id),
+        python_model=str(Path(__file__).with_name("served_player.py")),
+        artifacts={"player": str(player)},
+        signature=signature,
+        input_example=(pd.DataFrame({"prompt": ["a red apple"]}), {"seed": 1}),
+        # A local build's suffix (2.13.0+cpu) is on no package index.
+        pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in SERVED_WITH],
+        model_config={"resolution": card.resolution, "solver": card.solver},
+        metadata=dict(card.tags),
+    )
+
+
+@contextmanager
+def _patiently() -> Iterator[None]:
+    """Let MLflow's client wait for a server that passes gigabytes on to its own store."""
+    before = os.environ.get(TIMEOUT)
+    os.environ[TIMEOUT] = str(SECONDS_TO_UPLOAD)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[TIMEOUT]
+        else:
+            os.environ[TIMEOUT] = before

@@ -257,7 +257,7 @@ def test_registry_has_a_version_per_iteration(client: MlflowClient, played: Play
     for k, version in versions.items():
         trained, scored = played.indexes[f"iteration-00{k}/train"], played.indexes[f"iteration-00{k}/score"]
         assert str(version.version) == registered["versions"][k]
-        assert version.source == trained.outputs["model"].uri
+        assert version.tags["spin.uri"] == trained.outputs["model"].uri
         assert version.run_id == only(client, "played", f"iteration-00{k}/train").info.run_id
         assert version.status == "READY"
         wanted = {
@@ -265,13 +265,20 @@ def test_registry_has_a_version_per_iteration(client: MlflowClient, played: Play
             "spin.preset": "emoji-cpu",
             "spin.digest": trained.outputs["model"].digest,
             "spin.dataset_digest": played.indexes["prepare"].outputs["dataset"].digest,
+            "spin.base_digest": played.indexes["prepare"].outputs["base"].digest,
             "spin.opponent_digest": trained.inputs["opponent"],
+            "spin.scores_digest": scored.outputs["scores"].digest,
             "spin.commit": "c0ffee",
             "spin.objective": "spin",
         }
         for split, metrics in scored.facts["metrics"].items():
             wanted |= {f"spin.{split}.{name}": f"{metric['value']:.4f}" for name, metric in metrics.items()}
         assert version.tags.items() >= wanted.items()
+        # MLflow's table of models compares the iterations by their scores.
+        model = client.get_logged_model(version.model_id)
+        scores = {metric.key: metric.value for metric in model.metrics}
+        assert scores["test.clip_score"] == scored.facts["metrics"]["test"]["clip_score"]["value"]
+        assert model.params["iteration"] == k
     best = max("12", key=lambda k: float(versions[k].tags["spin.validation.clip_score"]))
     challenger = client.get_model_version_by_alias(played.model_name, "challenger")
     assert str(challenger.version) == registered["version"] == str(versions[best].version)
