@@ -117,13 +117,27 @@ def score(
 
     scored = stage(Place(run_key, store_uri, store_endpoint, tracking_uri, experiment), iteration)
     if report:
-        try:
-            report.write_text(scored.html)
-        except OSError as error:
-            raise SpinError(
-                f"expected to write the report, got {error.strerror} ({report}); name another file"
-            ) from None
+        _write(report, scored.html)
     typer.echo(scored.markdown)
+
+
+@app.command()
+def report(
+    run_key: Annotated[str, typer.Argument(help="Name of the run in the store.")],
+    store_uri: StoreUri,
+    store_endpoint: StoreEndpoint,
+    iteration: Annotated[int, typer.Option(help="Report up to this iteration; -1: the last one that is scored.")] = -1,
+    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+) -> None:
+    """Make the report of a run again, from what the store holds of it."""
+    from spin import page
+    from spin.stages import Place
+
+    run = Place(run_key, store_uri, store_endpoint).open()
+    pages = page.build(run, page.last_scored(run) if iteration < 0 else iteration)
+    _write(output, pages.html)
+    typer.echo(pages.markdown)
+    typer.echo(f"written to {output}")
 
 
 @app.command()
@@ -166,6 +180,13 @@ def rollback(tracking_uri: Registry, model_name: ModelName, reason: Reason) -> N
     from spin.stages.promote import rollback as stage
 
     _say(stage(tracking_uri, model_name, reason))
+
+
+def _write(path: Path, html: str) -> None:
+    try:
+        path.write_text(html)
+    except OSError as error:
+        raise SpinError(f"expected to write the report, got {error.strerror} ({path}); name another file") from None
 
 
 def _say(facts: dict[str, object]) -> None:

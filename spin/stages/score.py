@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-from spin import report, tracking
+from spin import page, tracking
 from spin.run import Clock, Index, iteration_stage, whole_iteration
 from spin.stages import Place, logger
-from spin.stages.train import verdict_of
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,8 @@ def score(place: Place, iteration: int) -> Scored:
         from spin.scoring import score_player
 
         index = score_player(run, config, iteration, stage, player, dataset, earlier, inputs, clock)
-    rows, verdicts = [*earlier, index], [verdict_of(stage) for stage in trained]
-    sheet = run.store.get(index.outputs["sheet"])
-    result = Scored(index, report.html(run.key, rows, verdicts, sheet), report.markdown(run.key, rows, verdicts))
+    pages, sheet = page.build(run, iteration), run.store.get(index.outputs["sheet"])
+    result = Scored(index, pages.html, pages.markdown)
     with tracking.stage(place, stage, iteration) as log:
         log.report(result.html, sheet, iteration)
         log.index(index)
