@@ -90,6 +90,7 @@ def spin_diffusion(
         "base_model": base_model,
         "data_source": data_source,
         "overrides": overrides,
+        "gate": gate,
     }
     key, base = prepare_and_score_base(options, where, pool, secrets)
 

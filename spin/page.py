@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -46,10 +47,11 @@ Place = tuple[str, int]
 
 @dataclass(frozen=True)
 class Pages:
-    """The same report for two readers."""
+    """The same report for two readers, and the last model's PNGs of the contact sheet by a name for MLflow."""
 
     html: str
     markdown: str
+    pictures: dict[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,13 @@ class Gathered:
             rows = pq.read_table(self._path(k, "scores"), filters=[("split", "=", "test")]).to_pylist()
             found[k] = {(row["id"], row["sample"]): row for row in rows}
         return found
+
+    @property
+    def shown(self) -> list[Place]:
+        """Places on the contact sheet: first images, evenly over the prompts (neighbours are often alike)."""
+        firsts = [place for place in self.scores[self.iteration] if place[1] == 0]
+        count = self.config.score.sheet_prompts
+        return firsts[:: max(1, len(firsts) // count)][:count]
 
     def _path(self, iteration: int, name: str) -> Path:
         return self.run.store.get(self.scored[iteration].outputs[name])
@@ -124,14 +133,17 @@ def build(run: Run, iteration: int) -> Pages:
     """Return the report of a run up to ``iteration``, from the store alone."""
     found = Gathered(run, iteration)
     verdicts = [verdict_of(index) for index in found.trained]
-    return Pages(_html(found, verdicts), report.markdown(run.key, found.scored, verdicts))
+    drawn = found.images(iteration, found.shown)
+    pictures = {}
+    for place in found.shown:
+        # MLflow's keys know few signs; two prompts may become one key.
+        name = re.sub(r"[^A-Za-z0-9_. -]+", " ", found.scores[iteration][place]["prompt"]).strip()[:60]
+        pictures[f"prompts/{name or place[0]}{' ' + place[0] if f'prompts/{name}' in pictures else ''}"] = drawn[place]
+    return Pages(_html(found, verdicts), report.markdown(run.key, found.scored, verdicts), pictures)
 
 
 def _html(found: Gathered, verdicts: Sequence[tuple[str, str]]) -> str:
-    places = list(found.scores[found.iteration])
-    firsts = [place for place in places if place[1] == 0]
-    count = found.config.score.sheet_prompts
-    shown = firsts[:: max(1, len(firsts) // count)][:count]
+    places, shown = list(found.scores[found.iteration]), found.shown
     best, worst = _changes(found, places)
     pictures: dict[tuple[int, Place], bytes] = {}
     for k in found.models:
@@ -229,7 +241,11 @@ def _cards(found: Gathered, verdicts: Sequence[tuple[str, str]]) -> list[tuple[s
     """Return (title, value, note) of what to read first."""
     last = found.scored[-1].facts["metrics"]["test"]
     before = found.scored[0].facts["metrics"]["test"][PRIMARY]["value"]
-    note = f"base {before:.1f}" if found.iteration else "the base model"
+    chosen = max(found.scored, key=lambda index: index.facts["metrics"]["validation"][PRIMARY]["value"])
+    best = chosen.facts["metrics"]["test"][PRIMARY]["value"]
+    note = "the base model"
+    if found.iteration:
+        note = f"base {before:.1f}; best on validation: {report.row_name(chosen.iteration)}, {best:.1f}"
     cards = [(report.TITLES.get(PRIMARY, PRIMARY), f"{last[PRIMARY]['value']:.1f}", note)]
     if rate := last.get("win_rate"):
         cards.append(("Win rate over base", f"{100 * rate['value']:.0f} %", f"surely above {100 * rate['low']:.0f} %"))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 TITLES = {"clip_score": "CLIP score", "style_share": "Style share", "win_rate": "Win rate over base"}
 MARGIN = 4
+MOST_SCALARS = 10
 
 
 def row_name(iteration: int) -> str:
@@ -68,6 +69,12 @@ def caption(rows: Sequence[Index], split: str = "test") -> str:
         f"{facts['prompts'][split]} held-out {split} prompts, {facts['images_per_prompt']} image(s) each, the same "
         "seeds in every row; 95 % bootstrap intervals over prompts; ties count half"
     )
+
+
+def scalars(index: Index, split: str = "test") -> dict[str, float]:
+    """Return the means that KFP lists beside a task, the first ten: its view has no room for more."""
+    metrics = index.facts["metrics"][split]
+    return {name: metrics[name]["value"] for name in list(metrics)[:MOST_SCALARS]}
 
 
 def markdown(run_key: str, rows: Sequence[Index], verdicts: Sequence[tuple[str, str]]) -> str:

@@ -8,10 +8,12 @@ With ``MLFLOW_RUN_ID`` in the environment (set by KFP's own MLflow plugin) that 
 to, never ended.
 """
 
+import io
 import json
 import logging
 import os
 import re
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -133,6 +135,7 @@ class StageLog:
         self.run_id = self.parent_id = ""
         self.known_index = ""
         self._parent_tags: Mapping[str, str] = {}
+        self._tags: Mapping[str, str] = {}
         self._client: Any = None
         self._backlog: list[Callable[[], None]] = []
         self._points: list[tuple[int, int, dict[str, float]]] = []
@@ -155,11 +158,14 @@ class StageLog:
                     client.set_tag(self.injected, key, value)
             else:
                 run = _find_or_create(client, self.place, experiment, self.stage, tags)
-            self.known_index = run.data.tags.get(INDEX, "")
+            self._tags, self.known_index = run.data.tags, run.data.tags.get(INDEX, "")
             self._failed_before = FAILURE in run.data.tags
             self.run_id = run.info.run_id
-            if not self.injected and run.info.status != "RUNNING" and not self.known_index:
-                client.update_run(self.run_id, status="RUNNING")
+            if not self.known_index:
+                # There is work to do, after a failure or with more iterations than before.
+                for again in [parent] if self.injected else [parent, run]:
+                    if again.info.status != "RUNNING":
+                        client.update_run(again.info.run_id, status="RUNNING")
             if "loss" in run.data.metrics:
                 self._sent = {point.step for point in client.get_metric_history(self.run_id, "loss")}
             self._client = client
@@ -276,9 +282,10 @@ class StageLog:
 
         self._do(action)
 
-    def report(self, html: str, sheet: Path, iteration: int) -> None:
-        """Log the report page and the contact sheet to the parent run, once; step is the iteration."""
-        known, digest = f"spin.sheet_digest.{iteration:03d}", digest_of_file(sheet)
+    def report(self, html: str, pictures: Mapping[str, Path | bytes], iteration: int) -> None:
+        """Log the report page and pictures by key to the parent run, each once; step is the iteration."""
+        known = f"spin.report_digest.{iteration:03d}"
+        digest = digest_of([html, sorted(pictures)])
 
         def action() -> None:
             # The parent is asked: the stage's own run is a new one each time where it is injected.
@@ -287,18 +294,45 @@ class StageLog:
             from PIL import Image
 
             self._client.log_text(self.parent_id, html, f"report/iteration-{iteration:03d}.html")
-            self._client.log_image(self.parent_id, Image.open(sheet), key="contact_sheet", step=iteration)
+            # What an interrupted attempt has sent is not sent again; pictures of other scores are.
+            sent = [] if known in self._parent_tags else self._client.list_artifacts(self.parent_id, "images")
+            for key, picture in pictures.items():
+                name = f"images/{key.replace('/', '~')}+step+{iteration}+"
+                if not any(item.path.startswith(name) for item in sent):
+                    image = Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
+                    self._client.log_image(self.parent_id, image, key=key, step=iteration)
+            self._client.set_tag(self.parent_id, known, digest)
 
         self._do(action)
-        self._do(lambda: self._client.set_tag(self.parent_id, known, digest))
+
+    def table(self, rows: Path, name: str) -> None:
+        """Log a Parquet file as a table of the stage's run, which MLflow compares with those of other runs."""
+        digest = digest_of_file(rows)
+
+        def action() -> None:
+            import pandas as pd
+
+            if self._tags.get(f"spin.{name}_table") == digest:
+                return
+            frame = pd.read_parquet(rows)
+            if any(item.path == f"{name}.json" for item in self._client.list_artifacts(self.run_id)):
+                # log_table would append.
+                self._client.log_text(self.run_id, frame.to_json(orient="split", index=False), f"{name}.json")
+            else:
+                self._client.log_table(self.run_id, frame, f"{name}.json")
+            self._client.set_tag(self.run_id, f"spin.{name}_table", digest)
+
+        self._do(action)
 
     def text(self, text: str, name: str) -> None:
         """Keep a text file with the parent run."""
         self._do(lambda: self._client.log_text(self.parent_id, text, name))
 
-    def failed(self, reason: str) -> None:
-        """Mark the stage's run as failed, with the reason as a tag."""
-        self._status = "FAILED"
+    def failed(self, error: BaseException) -> None:
+        """Mark the stage's run, and the whole run, as failed, with the reason as a tag; as killed after SIGTERM."""
+        self._status, reason = "FAILED", without_password(str(error) or type(error).__name__)
+        if isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM:
+            self._status, reason = "KILLED", "asked to stop (SIGTERM); run the stage again to go on"
         self._do(lambda: self._client.set_tag(self.run_id, FAILURE, reason[:500]))
 
     def close(self) -> None:
@@ -310,6 +344,9 @@ class StageLog:
                 self._client.delete_tag(self.run_id, FAILURE)
             if not self.injected:
                 self._client.set_terminated(self.run_id, self._status)
+            if self._status != "FINISHED":
+                # Whoever runs the stage again opens it again; nobody may, and then it is over.
+                self._client.set_terminated(self.parent_id, self._status)
 
         self._backlog.append(action)
         if not self._drain(force=True):
@@ -350,7 +387,7 @@ def stage(place: Place, name: str, iteration: int, system_metrics: bool = False)
         else:
             yield log
     except BaseException as error:
-        log.failed(str(error) or type(error).__name__)
+        log.failed(error)
         raise
     finally:
         log.close()

@@ -38,15 +38,15 @@ def score(place: Place, iteration: int) -> Scored:
         "generate": config.generate.model_dump(mode="json"),
         "config": config.score.model_dump(mode="json"),
     }
-    if index := run.find(stage, inputs):
-        logger.info("iteration %d: scores complete", iteration)
-    else:
-        from spin.scoring import score_player
-
-        index = score_player(run, config, iteration, stage, player, dataset, earlier, inputs, clock)
-    pages, sheet = page.build(run, iteration), run.store.get(index.outputs["sheet"])
-    result = Scored(index, pages.html, pages.markdown)
     with tracking.stage(place, stage, iteration) as log:
-        log.report(result.html, sheet, iteration)
+        if index := run.find(stage, inputs):
+            logger.info("iteration %d: scores complete", iteration)
+        else:
+            from spin.scoring import score_player
+
+            index = score_player(run, config, iteration, stage, player, dataset, earlier, inputs, clock)
+        pages = page.build(run, iteration)
+        log.report(pages.html, {"contact_sheet": run.store.get(index.outputs["sheet"]), **pages.pictures}, iteration)
+        log.table(run.store.get(index.outputs["scores"]), "scores")
         log.index(index)
-    return result
+    return Scored(index, pages.html, pages.markdown)
