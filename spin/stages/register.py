@@ -17,7 +17,7 @@ from spin.stages.train import played, verdict_of
 from spin.store import canonical, digest_of
 from spin.tracking import DIGEST, ITERATION, RUN_KEY, Card, Registry, Version
 
-SCORED = "spin.scored"
+SCORED, SCORES = "spin.scored", "spin.scores_digest"
 
 
 @dataclass(frozen=True)
@@ -176,9 +176,10 @@ def _scores(run: Run, scored: Index) -> Any:
 
 
 def _scores_of(run: Run, version: Version) -> Index | None:
-    """Return the score index of another run's player, where this store has it."""
+    """Return the score index of another run's player, where this store has it; another may have such a key too."""
     stage = iteration_stage(int(version.tags[ITERATION]), "score")
-    return Run(run.store, version.tags[RUN_KEY]).find(stage)
+    found = Run(run.store, version.tags[RUN_KEY]).find(stage)
+    return found if found and found.outputs["scores"].digest == version.tags[SCORES] else None
 
 
 def _scored(scores: Index) -> str:
@@ -213,7 +214,7 @@ def _card(run: Run, config: RunConfig, prepared: Index, candidate: Candidate) ->
         "spin.dataset_digest": prepared.outputs["dataset"].digest,
         "spin.base_digest": prepared.outputs["base"].digest,
         "spin.opponent_digest": str(made.inputs["opponent"]),
-        "spin.scores_digest": candidate.scores.outputs["scores"].digest,
+        SCORES: candidate.scores.outputs["scores"].digest,
         SCORED: _scored(candidate.scores),
         "spin.objective": config.train.objective,
         "spin.verdict": verdict_of(made)[0],

@@ -1,5 +1,6 @@
 """From challenger to champion and back, in a real registry."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Registered:
 @pytest.fixture
 def registered(world: World, played: Played, request: pytest.FixtureRequest) -> Registered:
     assert played
-    return Registered(world, request.node.name.replace("_", "-")[:60])
+    return Registered(world, re.sub(r"[^a-z0-9]+", "-", request.node.name)[-60:].strip("-"))
 
 
 def test_a_passed_gate_only_recommends(registered: Registered) -> None:
@@ -77,11 +78,12 @@ def test_a_challenger_is_judged_against_the_champion(registered: Registered) -> 
     assert (gate["outcome"], gate["reason"]) == ("champion", f"it is champion version {challenger} already")
 
 
-def test_a_champion_judged_otherwise_cannot_be_compared(registered: Registered) -> None:
+@pytest.mark.parametrize("tag", ["spin.scored", "spin.scores_digest"])
+def test_a_champion_judged_otherwise_or_elsewhere_cannot_be_compared(registered: Registered, tag: str) -> None:
     challenger = registered.register(OPEN).facts["version"]
     rival = "2" if challenger == "1" else "1"
     promote(registered.uri, registered.name, "elsewhere", rival)
-    registered.client.set_model_version_tag(registered.name, rival, "spin.scored", "0" * 64)
+    registered.client.set_model_version_tag(registered.name, rival, tag, "0" * 64)
     index = registered.register(OPEN | {"promote": "automatic"})
     assert index.facts["gate"]["outcome"] == "incomparable"
     assert index.facts["gate"]["reason"].endswith("promote by hand")

@@ -24,7 +24,8 @@ from PIL import Image
 from tests.integration.conftest import Played
 from tests.integration.world import World
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(200)]
+# The first test also starts the servers, plays a run and waits for the model to be loaded.
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")
