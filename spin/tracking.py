@@ -494,9 +494,9 @@ class Registry:
                 Metric(key, value, now, card.iteration, model_id=model.model_id) for key, value in card.scores.items()
             ]
             self._client.log_batch(run_id, metrics=scores)
-            made = self._client.create_model_version(
-                name, model.artifact_location, run_id=run_id, tags=dict(card.tags), model_id=model.model_id
-            )
+            # As a uri of the logged model, so that MLflow knows which of its models this is a version of.
+            source, tags = f"models:/{model.model_id}", dict(card.tags)
+            made = self._client.create_model_version(name, source, run_id, tags, model_id=model.model_id)
             return _version(made)
 
     def point(self, name: str, alias: str, number: str) -> None:

@@ -355,7 +355,7 @@ def test_registry_has_a_version_per_iteration(client: MlflowClient, played: Play
             wanted |= {f"spin.{split}.{name}": f"{metric['value']:.4f}" for name, metric in metrics.items()}
         assert version.tags.items() >= wanted.items()
         # MLflow's table of models compares the iterations by their scores.
-        model = client.get_logged_model(version.model_id)
+        model = client.get_logged_model(version.source.removeprefix("models:/"))
         scores = {metric.key: metric.value for metric in model.metrics}
         assert scores["test.clip_score"] == scored.facts["metrics"]["test"]["clip_score"]["value"]
         assert model.params["iteration"] == k
