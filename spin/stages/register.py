@@ -51,12 +51,12 @@ def register(place: Place, model_name: str, iterations: int, policy: Mapping[str
     run = place.open()
     config, clock = run.config(), Clock()
     prepared = run.need("prepare", "register")
-    base = run.need(iteration_stage(0, "score"), "register")
     candidates = [
         Candidate(index.iteration, index, run.need(iteration_stage(index.iteration, "score"), "register"))
         for index in played(run, iterations, "register")
         if verdict_of(index)[0] != "diverged"
     ]
+    base = run.need(iteration_stage(0, "score"), "register")
     best = max(candidates, key=lambda candidate: candidate.validation, default=None)
     model = best.training.outputs["model"] if best else prepared.outputs["base"]
     inputs: dict[str, Any] = {
