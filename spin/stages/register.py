@@ -130,15 +130,16 @@ def _register(
     champion = registry.aliased(name, CHAMPION)
     facts = _judge(run, asked, best, base, champion, challenger)
     decision = facts["gate"]
-    registry.tag(
-        name,
-        challenger.number,
-        {
-            "spin.gate": decision["outcome"],
-            "spin.gate_reason": decision["reason"],
-            "spin.gate_policy": canonical(asked.model_dump(mode="json")).decode(),
-        },
-    )
+    if decision["outcome"] != "champion":  # what brought it there stays to be read
+        registry.tag(
+            name,
+            challenger.number,
+            {
+                "spin.gate": decision["outcome"],
+                "spin.gate_reason": decision["reason"],
+                "spin.gate_policy": canonical(asked.model_dump(mode="json")).decode(),
+            },
+        )
     if decision["outcome"] == "passed" and asked.promote == "automatic":
         if "spin.rolled_back" in challenger.tags:
             logger.warning("register: version %s was rolled back before; promote it by hand", challenger.number)

@@ -76,6 +76,8 @@ def test_a_challenger_is_judged_against_the_champion(registered: Registered) -> 
     promote(registered.uri, registered.name, "the better one")
     gate = registered.register(OPEN | {"confidence": 0.9}).facts["gate"]
     assert (gate["outcome"], gate["reason"]) == ("champion", f"it is champion version {challenger} already")
+    # What the gate said before it became champion stays to be read.
+    assert registered.tags(challenger)["spin.gate"] == "failed"
 
 
 @pytest.mark.parametrize("tag", ["spin.scored", "spin.scores_digest"])
