@@ -184,8 +184,9 @@ def _scores_of(run: Run, version: Version) -> Index | None:
 
 
 def _scored(scores: Index) -> str:
-    """Return the digest of all that determines scores but the player: prompts, seeds, sampler and judge."""
-    return digest_of({key: value for key, value in scores.inputs.items() if key not in ("player", "earlier")})
+    """Return the digest of all that determines scores but the player: prompts, seeds, sampler, judge and its weights."""
+    others = {key: value for key, value in scores.inputs.items() if key not in ("player", "earlier")}
+    return digest_of([others, scores.facts.get("weights")])
 
 
 def _producer(key: str, *stages: Index) -> str:
