@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo ui demo-clean experiment test lint compile clean
+.PHONY: help demo ui demo-clean experiment test faults lint compile clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,9 @@ experiment: $(READY) ## Self-play against SFT on the test prompts, three seeds (
 
 test: $(READY) ## Every test that needs no docker
 	$(BIN)/python -m pytest -m 'not docker'
+
+faults: $(READY) ## Kill whole pipelines 50 times, at other moments each time (an hour; SEED=1 repeats)
+	$(BIN)/python -m pytest tests/faults --kills 50 --runs 10 --seed $(or $(SEED),$(shell date +%s))
 
 lint: $(READY) ## Style and types
 	$(BIN)/ruff check .

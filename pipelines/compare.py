@@ -84,9 +84,10 @@ def spin_comparison(
     Args:
         preset: A named full configuration; what the arms do not change is the same for all of them.
         iterations: Rounds of the arms that are self-play.
-        arms: Overrides of train by the arm's name, e.g. {"sft": {"objective": "sft"}, "spin-2000": {"beta": [2000]}}.
-            Empty: SFT, SFT with LoRA, and SPIN. A rival of self-play without steps gets as many as cost what the
-            dearest self-play arm does.
+        arms: Overrides by the arm's name, of train and of how losers are drawn, e.g. {"sft": {"train": {"objective":
+            "sft"}}, "spin-2000": {"train": {"beta": [2000]}}}. Empty: SFT, SFT with LoRA, Diffusion-DPO on pairs that
+            the judge ranks, and SPIN. A rival of self-play without steps gets as many as cost what the dearest
+            self-play arm does.
         seeds: Training seeds of every arm.
         split: Prompts that the table is on: test, or validation to search without touching the test prompts.
         run_key: Name of the run in the store. Empty: a new one. The name of an earlier run resumes it.

@@ -1,6 +1,7 @@
 """The compiled pipeline file: make it, read it back, check parameters against it."""
 
 import difflib
+import itertools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,7 @@ def compile_pipeline(pipeline: Callable[..., Any], choices: Mapping[str, Sequenc
             # Name and description. The inputs that follow show mappings in an order that differs from run to run.
             header = text[: text.index("# Inputs:\n")]
             documents = list(yaml.safe_load_all(text))
+            number_by_place(*documents)
             for name, values in choices.items():
                 documents[0]["root"]["inputDefinitions"]["parameters"][name]["literals"] = list(values)
             _declare_settings_as_text(documents[0])
@@ -51,6 +53,34 @@ def compile_pipeline(pipeline: Callable[..., Any], choices: Mapping[str, Sequenc
     except OSError as error:
         raise SpinError(f"expected a file to write to, got {output} ({error.strerror}); change --output") from None
     return output
+
+
+def number_by_place(spec: dict[str, Any], *platforms: dict[str, Any]) -> None:
+    """Name components and executors after the tasks that use them, numbered from the outermost pipeline inwards.
+
+    The compiler numbers those of nested pipelines in an order that changes from one compilation to the next.
+    """
+    names: dict[str, str] = {}
+    labels: dict[str, str] = {}
+    waiting = [spec["root"]]
+    for outer in waiting:
+        for task, body in sorted(outer.get("dag", {}).get("tasks", {}).items()):
+            old = body["componentRef"]["name"]
+            if old not in names:
+                free = (f"{task}-{i}" if i > 1 else task for i in itertools.count(1))
+                name = next(name for name in free if f"comp-{name}" not in names.values())
+                names[old] = f"comp-{name}"
+                waiting.append(spec["components"][old])
+                if label := spec["components"][old].get("executorLabel"):
+                    spec["components"][old]["executorLabel"] = labels.setdefault(label, f"exec-{name}")
+            body["componentRef"]["name"] = names[old]
+    spec["components"] = {names[old]: component for old, component in spec["components"].items()}
+    deployments = [
+        spec["deploymentSpec"],
+        *(part["deploymentSpec"] for platform in platforms for part in platform["platforms"].values()),
+    ]
+    for deployment in deployments:
+        deployment["executors"] = {labels[old]: executor for old, executor in deployment["executors"].items()}
 
 
 def _declare_settings_as_text(spec: dict[str, Any]) -> None:

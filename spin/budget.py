@@ -28,8 +28,8 @@ def passes(config: RunConfig, pairs: int, iterations: int) -> int:
     """Return the passes of a whole run on ``pairs`` training pairs: training, and drawing the losers before it."""
     train = config.train
     steps = sum(train.of(k)[1] for k in range(1, iterations + 1))
-    drawn = iterations * pairs if train.needs_losers else 0
-    per_image = config.generate.num_inference_steps * (2 if config.generate.guidance_scale > 1 else 1)
+    drawn = iterations * pairs * (train.ranked_draws if train.ranks else 1) if train.needs_losers else 0
+    per_image = config.generate.num_inference_steps * (2 if config.generate.of_losers.guidance_scale > 1 else 1)
     return steps * train.batch_size * passes_per_pair(config) + drawn * per_image
 
 

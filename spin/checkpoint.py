@@ -9,6 +9,9 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from spin.processes import rank
+from spin.sharding import spread_like, whole
+
 
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that are being trained, by name."""
@@ -22,16 +25,27 @@ def save(
     state: dict[str, Any],
     average: EMAModel | None = None,
 ) -> None:
-    """Write weights, moments, the moving average and ``state`` (JSON: step, history) into ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write weights, moments, the moving average and ``state`` (JSON: step, history) into ``folder``.
+
+    All tensors are whole. Of a sharded module every process must call this, and the first one writes.
+    """
     tensors = {}
+
+    def keep(name: str, value: Any) -> None:
+        tensor = whole(torch.as_tensor(value).detach())
+        if rank() == 0:
+            tensors[name] = tensor.contiguous().cpu()
+
     for name, parameter in trained(module).items():
-        tensors[f"weight/{name}"] = parameter.detach().contiguous().cpu()
+        keep(f"weight/{name}", parameter)
         for moment, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{moment}/{name}"] = torch.as_tensor(value).contiguous().cpu()
+            keep(f"{moment}/{name}", value)
     if average is not None:
         for name, value in zip(trained(module), average.shadow_params, strict=True):
-            tensors[f"average/{name}"] = value.contiguous().cpu()
+            keep(f"average/{name}", value)
+    if rank():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "training.safetensors")
     (folder / "state.json").write_text(json.dumps(state))
 
@@ -43,15 +57,15 @@ def load(
     tensors = load_file(folder / "training.safetensors")
     with torch.no_grad():
         for name, parameter in trained(module).items():
-            parameter.copy_(tensors[f"weight/{name}"])
+            parameter.copy_(spread_like(tensors[f"weight/{name}"], parameter))
             moments = {key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
             # Adam keeps its step counter on the CPU, the moments beside the parameter in its layout.
             optimizer.state[parameter] = {"step": moments.pop("step")} | {
-                key: torch.empty_like(parameter).copy_(value) for key, value in moments.items()
+                key: torch.empty_like(parameter).copy_(spread_like(value, parameter)) for key, value in moments.items()
             }
         if average is not None:
             for name, value in zip(trained(module), average.shadow_params, strict=True):
-                value.copy_(tensors[f"average/{name}"])
+                value.copy_(spread_like(tensors[f"average/{name}"], value))
     state: dict[str, Any] = json.loads((folder / "state.json").read_text())
     if average is not None:
         average.optimization_step = state["step"]

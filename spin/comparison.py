@@ -24,11 +24,12 @@ from spin.stages.train import played
 from spin.stats import bootstrap_seeds, per_prompt, wins
 
 ARMS: dict[str, dict[str, Any]] = {
-    "sft": {"objective": "sft"},
-    "sft-lora": {"objective": "sft", "lora_rank": 16},
-    "spin": {"objective": "spin"},
+    "sft": {"train": {"objective": "sft"}},
+    "sft-lora": {"train": {"objective": "sft", "lora_rank": 16}},
+    "dpo": {"train": {"objective": "dpo", "pairs": "ranked"}},
+    "spin": {"train": {"objective": "spin"}},
 }
-"""Overrides of ``train`` by the arm's name."""
+"""Overrides by the arm's name: of ``train``, and of how the losers are drawn."""
 SELF_PLAY = ("spin", "exact-spin")
 RESAMPLES = 5000
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,18}")
@@ -59,12 +60,13 @@ def arms_of(
     Args:
         key: the shared run's.
         shared: its config, which the arms' overrides are laid over.
-        arms: overrides of ``train`` by name.
+        arms: overrides by name.
         iterations: of the arms that are self-play; the others have one.
         pairs: training pairs, for the budget.
 
     Raises:
-        SpinError: no arm, a name that is no plain name, no seed, or options that are refused.
+        SpinError: no arm, a name that is no plain name, no seed, or options that are refused: unknown ones, and those
+            that all arms share.
     """
     if not arms or seeds < 1:
         raise SpinError(f"expected at least one arm and one seed, got {len(arms)} and {seeds}; set arms and seeds")
@@ -75,13 +77,14 @@ def arms_of(
         )
     # Mappings come out of KFP in an order that differs from run to run.
     arms = dict(sorted(arms.items()))
-    configs = {name: override(shared, {"train": dict(train)}) for name, train in arms.items()}
+    configs = {name: _laid_over(shared, name, arm) for name, arm in arms.items()}
+    given = {name: arm.get("train", {}) for name, arm in arms.items()}
     budgets = [passes(c, pairs, iterations) for c in configs.values() if c.train.objective in SELF_PLAY]
     for name, config in configs.items():
-        if config.train.objective not in SELF_PLAY and budgets and "steps" not in arms[name]:
+        if config.train.objective not in SELF_PLAY and budgets and "steps" not in given[name]:
             steps = steps_for(config, pairs, max(budgets))
             train: dict[str, Any] = {"steps": [steps]}
-            if config.train.decay_steps and "decay_steps" not in arms[name]:
+            if config.train.decay_steps and "decay_steps" not in given[name]:
                 train["decay_steps"] = steps
             configs[name] = override(config, {"train": train})
     return [
@@ -99,6 +102,20 @@ def arms_of(
     ]
 
 
+def _laid_over(shared: RunConfig, name: str, arm: Mapping[str, Any]) -> RunConfig:
+    """Return an arm's config; what decides on the data and on the images that are scored is every arm's."""
+    config = override(shared, dict(arm))
+    own = config.generate
+    losers = {"opponent_guidance": own.opponent_guidance, "roundtrip": own.roundtrip}
+    common = {"train": config.train, "generate": shared.generate.model_copy(update=losers)}
+    if config != shared.model_copy(update=common):
+        raise SpinError(
+            f"expected arm {name!r} to change train, generate.opponent_guidance or generate.roundtrip, got "
+            f"{dict(arm)}; give what all arms share in overrides"
+        )
+    return config
+
+
 def begin(run: Run, arms: Sequence[Arm]) -> None:
     """Begin the arms' runs with the data set, base and base scores of ``run``.
 
@@ -111,7 +128,8 @@ def begin(run: Run, arms: Sequence[Arm]) -> None:
         if arm.config.train.needs_pairs and not prepared.inputs.get("pairs"):
             raise SpinError(
                 f"expected a data set with a loser for each winner for arm {arm.name!r}, got winners alone; prepare it "
-                "with overrides {'train': {'objective': 'dpo'}}, and set the other arms' objective"
+                "with overrides {'train': {'objective': 'dpo'}}, and set the other arms' objective, or set the arm's "
+                "pairs to ranked"
             )
     for arm in arms:
         own = Run(run.store, arm.run_key)
@@ -162,6 +180,8 @@ def rows_of(run: Run, arms: Sequence[Arm], shards: int) -> list[Row]:
                 for own, last in zip(runs, lasts, strict=True)
             ]
             title = f"{name} {k}" if same[0].iterations > 1 else name
+            if same[0].config.train.ranks:
+                title = f"{name} on pairs ranked by {PRIMARY}"
             rows.append(Row(title, name, k, scores, stages, len(runs) - len(playing)))
     return rows
 

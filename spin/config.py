@@ -6,6 +6,7 @@ written into the store by ``prepare``; the later stages read it from there, so a
 
 import difflib
 import math
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -49,11 +50,27 @@ class GenerateConfig(_Config):
     """DPM-Solver++ steps (a flow model's Euler steps): 20 exceed PNDM's 50 in the paper's rebuttal."""
     guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 7.5
     """Classifier-free guidance; 1 turns it off. The paper's SD-1.5 setting."""
+    opponent_guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Guidance of the losers; 0: ``guidance_scale``, as in the paper. Guided losers are not quite the opponent's own
+    distribution, whose unguided denoiser the loss compares; 1 draws that (method: the fixed point is then the data)."""
     batch_size: Positive = 64
     """Images per denoiser call (doubled inside by guidance); one padded shape serves all batches."""
     seed: Annotated[int, Field(ge=0)] = 0
     roundtrip: bool = False
     """Decode and re-encode the losers, so that both sides of a pair carry the autoencoder's signature."""
+
+    @model_validator(mode="after")
+    def _guidance_or_none(self) -> Self:
+        if 0 < self.opponent_guidance < 1:
+            raise ValueError(
+                f"expected opponent_guidance of at least 1, or 0 for guidance_scale, got {self.opponent_guidance}"
+            )
+        return self
+
+    @property
+    def of_losers(self) -> Self:
+        """How the losers are drawn."""
+        return self.model_copy(update={"guidance_scale": self.opponent_guidance or self.guidance_scale})
 
 
 class TrainConfig(_Config):
@@ -62,7 +79,12 @@ class TrainConfig(_Config):
     objective: Literal["spin", "exact-spin", "sft", "dpo"] = "spin"
     """``spin``: approximate SPIN, Eq. 3.9; ``exact-spin``: on whole trajectories, Eq. 3.8, drawn while training
     (diffusion models alone); ``sft``: denoising loss on the winners alone; ``dpo``: Diffusion-DPO, the same loss as
-    SPIN's on the data's own pairs (one iteration: its reference is the base model)."""
+    SPIN's on ``pairs`` (one iteration: its reference is the base model)."""
+    pairs: Literal["given", "ranked"] = "given"
+    """``dpo``: pairs are the data's own, or, where it has winners alone, drawn by the base model: of
+    ``ranked_draws`` images per prompt the one that the CLIP score likes best is the winner, the worst the loser. That
+    learns from a judge, which self-play does not, and from the one that later tells who has won."""
+    ranked_draws: Annotated[int, Field(ge=2)] = 4
     link: Literal["logistic", "hinge", "correlation", "exponential"] = "logistic"
     """Decreasing convex function of the advantage: see ``spin.losses``. The paper trains with the logistic one."""
     beta: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (2000.0, 5000.0)
@@ -94,6 +116,10 @@ class TrainConfig(_Config):
     """Compute type of the denoiser, ``bf16`` where the hardware multiplies it natively; weights and errors stay
     float32."""
     gradient_checkpointing: bool = False
+    sharding: Literal["none", "fsdp"] = "none"
+    """``fsdp`` spreads player, opponent and moments over the processes of the pod (FSDP2), for models that do not fit
+    one accelerator; slower than ``none``, where each process holds all of them. One process alone has nothing to
+    spread."""
     shared_noise: bool = True
     """Winner and loser of a pair get the same noise (as in Diffusion-DPO's code): less variance, the same bound."""
     min_snr: NonNegativeFloat = 0.0
@@ -127,12 +153,17 @@ class TrainConfig(_Config):
     @property
     def needs_losers(self) -> bool:
         """Whether the opponent's images must be drawn before training."""
-        return self.objective == "spin"
+        return self.objective == "spin" or self.ranks
+
+    @property
+    def ranks(self) -> bool:
+        """Whether a scorer makes pairs of several draws per prompt."""
+        return self.objective == "dpo" and self.pairs == "ranked"
 
     @property
     def needs_pairs(self) -> bool:
         """Whether the data must hold a loser beside each winner."""
-        return self.objective == "dpo"
+        return self.objective == "dpo" and not self.ranks
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> Self:
@@ -151,12 +182,23 @@ class TrainConfig(_Config):
         elif self.objective == "sft":
             foreign = {"shared_noise", "loser_gradient_scale", "previous_share", "link"}
         elif self.objective == "dpo":
-            foreign = {"previous_share"}
+            foreign = {"previous_share"} if self.ranks else {"previous_share", "ranked_draws"}
+        if self.objective != "dpo":
+            foreign |= {"pairs", "ranked_draws"}
         for name in sorted(foreign):
             if (value := getattr(self, name)) != plain[name].default:
                 raise ValueError(
                     f"expected {name} as it is for objective {self.objective}, got {value!r}; it has no use"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _sharded_players_do_not_draw(self) -> Self:
+        # Drawing asks for passes without gradient of which no two processes need the same number.
+        if self.sharding == "fsdp" and self.validate_every:
+            raise ValueError(
+                f"expected validate_every 0 with sharding fsdp, got {self.validate_every}; set steps instead"
+            )
         return self
 
     @model_validator(mode="after")
@@ -234,8 +276,8 @@ def _readable(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     got = first.get("input")
     shown = "" if isinstance(got, dict | BaseModel) else f", got {got!r}"
-    if message.startswith("Input should "):
-        return f"expected {where} to {message.removeprefix('Input should ')}{shown}; change it"
+    if should := re.match(r"(?:Input|Tuple) should (.+?)(?: after validation, .*)?$", message):
+        return f"expected {where} to {should[1]}{shown}; change it"
     return f"{where}: {message}{shown}" if where else message
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from spin.seeding import noise_of
+from spin.sharding import part
 from spin.stats import bootstrap
 from spin.training import Batch, Diverged, Trainer, order
 
@@ -51,15 +52,18 @@ def errors_on_grid(trainer: Trainer) -> GridErrors:
     middles = (torch.arange(GRID) + 0.5) / GRID
     timesteps = trainer.process.at(middles.to(device))
     denoiser = accelerator.unwrap_model(trainer.player)
-    # Each process fills in its own images, zeros elsewhere; the sum is the whole grid.
-    errors = torch.zeros(2, len(rows), GRID, device=device)
-    mine = range(accelerator.process_index, len(rows), accelerator.num_processes)
+    # Each process fills in its own images, zeros elsewhere; the sum is the whole grid. All go through equally many
+    # images, since sharded weights are gathered by all: who has none left repeats some, into rows that are cut off.
+    filled = math.ceil(len(rows) / accelerator.num_processes) * accelerator.num_processes
+    errors = torch.zeros(2, filled, GRID, device=device)
+    mine = range(accelerator.process_index, filled, accelerator.num_processes)
     for start in range(0, len(mine), size):
         places = list(mine[start : start + size])
-        ids = [rows[place].id for place in places]
+        shown = [rows[place % len(rows)] for place in places]
+        ids = [row.id for row in shown]
         winner = data.winners(ids).to(device)
         loser = losers.of(ids).to(device) if paired and losers is not None else None
-        conditioning = trainer.embed([rows[place].prompt for place in places])
+        conditioning = trainer.embed([row.prompt for row in shown])
         for column in range(GRID):
             noise = torch.stack([noise_of(data.latents_shape, "held-out", id, column) for id in ids]).to(device)
             timestep = timesteps[column].repeat(len(ids))
@@ -67,7 +71,7 @@ def errors_on_grid(trainer: Trainer) -> GridErrors:
             for side, error in enumerate(trainer.errors(denoiser, pair)):
                 if error is not None:
                     errors[side, places, column] = error
-    errors = accelerator.reduce(errors, "sum").cpu()
+    errors = accelerator.reduce(errors, "sum").cpu()[:, : len(rows)]
     if not errors.isfinite().all():
         raise Diverged("expected finite errors on held-out images, got none; lower train.learning_rate")
     return GridErrors(tuple(float(t) for t in timesteps), errors[0], errors[1] if paired else None)
@@ -76,27 +80,34 @@ def errors_on_grid(trainer: Trainer) -> GridErrors:
 def gradient_snr(trainer: Trainer) -> float | None:
     """Return |mean g|^2 / (tr Cov(g) / n) over n micro-batches at the opponent's weights: about 1 is noise alone.
 
-    ``None`` where the micro-batches do not differ.
+    ``None`` where the micro-batches do not differ. Processes that share their weights out add up every gradient before
+    they see it: then a micro-batch is that of all of them together.
 
     To be asked before the first step, when the player is its opponent. The buffer for the mean is as large as one of
     the optimizer's moments, which do not exist yet.
     """
     accelerator, size = trainer.accelerator, trainer.config.micro_batch_size
+    processes, sharded = accelerator.num_processes, trainer.sharded
     parameters = list(trainer.weights().values())
-    total = [torch.zeros_like(parameter) for parameter in parameters]
+    total = [torch.zeros_like(part(parameter)) for parameter in parameters]
     squares = torch.zeros((), device=trainer.model.device)
-    n = math.ceil(GRADIENTS / accelerator.num_processes) * accelerator.num_processes
-    places = order(trainer.winners.ids, trainer.config.seed, trainer.iteration, 0, n * size)
-    mine = places[accelerator.process_index :: accelerator.num_processes]
+    rounds = max(2 if sharded else 1, math.ceil(GRADIENTS / processes))
+    n = rounds if sharded else rounds * processes
+    places = order(trainer.winners.ids, trainer.config.seed, trainer.iteration, 0, rounds * processes * size)
+    mine = places[accelerator.process_index :: processes]
     for start in range(0, len(mine), size):
-        trainer.learn(trainer.batch(mine[start : start + size]), last=False)
+        trainer.learn(trainer.batch(mine[start : start + size]), last=sharded)
         for parameter, running in zip(parameters, total, strict=True):
             if parameter.grad is not None:
-                running += parameter.grad
-                squares += parameter.grad.square().sum()
+                running += part(parameter.grad)
+                squares += part(parameter.grad).square().sum()
         trainer.optimizer.zero_grad(set_to_none=True)
     squares = accelerator.reduce(squares, "sum")
-    mean_square = sum(float((accelerator.reduce(part, "sum") / n).square().sum()) for part in total)
+    if sharded:
+        mean = torch.stack([(running / n).square().sum() for running in total]).sum()
+        mean_square = float(accelerator.reduce(mean, "sum"))
+    else:
+        mean_square = sum(float((accelerator.reduce(running, "sum") / n).square().sum()) for running in total)
     variance = (float(squares) - n * mean_square) / (n - 1)
     return mean_square / (variance / n) if variance > 0 else None
 
@@ -121,8 +132,12 @@ def measure(opponent: GridErrors, player: GridErrors) -> dict[str, Any]:
     return {**overall, "images": len(change), "by_timestep": columns}
 
 
-def verdict(measures: dict[str, Any]) -> tuple[Verdict, str]:
+def verdict(measures: dict[str, Any], chosen: int | None = None) -> tuple[Verdict, str]:
     """Return the verdict on an iteration and its reason, one line.
+
+    Where a held-out score chose the player, that score decides: ``improved``, or ``converged`` where no step was better
+    than the opponent. The error is told beside it: it rises in a long fine-tuning whose images still get better.
+    ``chosen`` is that step, 0 for the opponent itself. Else:
 
     - ``diverged``: the held-out real images' error rose, surely, by more than ``HARM``.
     - ``improved``: it fell, surely; or the player surely tells unseen real images from its opponent's better than by
@@ -136,6 +151,9 @@ def verdict(measures: dict[str, Any]) -> tuple[Verdict, str]:
     told = f"error on {measures['images']} held-out real images {_percent(change, signed=True)}"
     if accuracy:
         told += f", told from the opponent's {_percent(accuracy)}"
+    if chosen is not None:
+        scored = f"best score at step {chosen}" if chosen else "no step scored better than the opponent"
+        return "improved" if chosen else "converged", f"{scored}, {told}"
     if measures["images"] < FEWEST_IMAGES:
         return "improved", f"{told}: too few images to tell, raise data.held_out_share"
     if change["low"] > HARM:

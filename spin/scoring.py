@@ -2,7 +2,7 @@
 
 import io
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from spin import models, report
-from spin.config import RunConfig
+from spin.config import RunConfig, ScoreConfig
 from spin.data.dataset import Dataset, HeldOut
 from spin.emoji import Split
 from spin.errors import SpinError
@@ -112,6 +112,31 @@ def draw(
     return images
 
 
+def primary_scorer(config: ScoreConfig, device: torch.device) -> Scorer:
+    """Return the scorer that decides who has won."""
+    return ClipScore(Clip(config.clip_model, device), config.template)
+
+
+def best_and_worst(
+    draws_NBCHW: torch.Tensor, model: models.Model, scorer: Scorer, prompts: Sequence[str], precision: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the best and the worst of N draws for each of B prompts, latents [B, C, H, W].
+
+    Raises:
+        SpinError: a score is no finite number.
+    """
+    scores = torch.stack(
+        [
+            scorer.score([Image.fromarray(image) for image in decode(model, latents, precision).numpy()], prompts)
+            for latents in draws_NBCHW
+        ]
+    )
+    if not scores.isfinite().all():
+        raise SpinError("expected finite scores, got NaN or infinity; check the player's images and the judge")
+    rows = torch.arange(len(prompts))
+    return draws_NBCHW[scores.argmax(0), rows], draws_NBCHW[scores.argmin(0), rows]
+
+
 def validation_score(
     model: models.Model, config: RunConfig, data: Dataset, iteration: int, accelerator: Accelerator
 ) -> Callable[[], float]:
@@ -121,7 +146,7 @@ def validation_score(
     """
     rows = data.held_out("validation", config.score.max_prompts)
     mine = rows[accelerator.process_index :: accelerator.num_processes]
-    scorer = ClipScore(Clip(config.score.clip_model, model.device), config.score.template)
+    scorer = primary_scorer(config.score, model.device)
 
     def score() -> float:
         images = draw(model, config, mine, data.latents_shape, iteration)

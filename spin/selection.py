@@ -6,13 +6,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast
 from safetensors.torch import load_file, save_file
 
 from spin.errors import SpinError
+from spin.processes import rank
 
 
 class Selection:
     """Asks for a score now and then, remembers the best player, and tells when patience has run out.
+
+    Of several processes, which get the same scores, the first keeps the best player's weights.
 
     Args:
         score: a held-out score of the player as it is now; higher is better.
@@ -40,7 +44,8 @@ class Selection:
             raise SpinError(f"expected a finite score of the player at step {step}, got {score}; check the judge")
         if score > self.best_score:
             self.best_score, self.best_step, self.stale = score, step, 0
-            self._weights = {name: value.detach().cpu().clone() for name, value in weights.items()}
+            if rank() == 0:
+                self._weights = {name: value.detach().cpu().clone() for name, value in weights.items()}
         else:
             self.stale += 1
         return score
@@ -50,19 +55,22 @@ class Selection:
         return self.stale >= self.patience
 
     def restore(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Write the best player's weights into ``weights``."""
+        """Write the best player's weights into ``weights``, those of all processes."""
         with torch.no_grad():
             for name, value in weights.items():
-                value.copy_(self._weights[name])
+                if rank() == 0:
+                    value.copy_(self._weights[name])
+                broadcast(value.data)
 
     def save(self, folder: Path) -> None:
-        """Write what has been learnt so far beside a checkpoint."""
+        """Write what has been learnt so far beside a checkpoint; a task of the first process."""
         save_file(self._weights, folder / "best.safetensors")
         state = {"best_score": self.best_score, "best_step": self.best_step, "stale": self.stale}
         (folder / "selection.json").write_text(json.dumps(state))
 
     def load(self, folder: Path) -> None:
         """Read what ``save`` wrote."""
-        self._weights = load_file(folder / "best.safetensors")
+        if rank() == 0:
+            self._weights = load_file(folder / "best.safetensors")
         state = json.loads((folder / "selection.json").read_text())
         self.best_score, self.best_step, self.stale = state["best_score"], state["best_step"], state["stale"]

@@ -17,7 +17,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -29,6 +30,15 @@ from pydantic import BaseModel, ConfigDict
 
 from spin.errors import SpinError
 
+SOON = urllib3.Retry(total=4, backoff_factor=0.5, status_forcelist=[500, 502, 503, 504])
+"""Until the server has answered once: a wrong address is refused within seconds."""
+PATIENT = urllib3.Retry(total=9, backoff_factor=0.5, backoff_max=30, status_forcelist=[500, 502, 503, 504])
+"""From then on: a server that is away for a minute, or two, costs no work."""
+ARRIVALS = (1.0, 4.0, 10.0)
+"""Seconds to wait before an object that came damaged, or that a slow server does not show yet, is fetched again."""
+FULL = ("InsufficientStorage", "QuotaExceeded", "XMinioAdminBucketQuotaExceeded", "XMinioStorageFull")
+PART_BYTES = 64 * 2**20
+"""Larger files go up in parts of this size."""
 ENDPOINT = re.compile(r"(?P<scheme>(?i:https?))://(?P<host>(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>\d{1,5}))?)/?")
 
 
@@ -46,6 +56,15 @@ def digest_of_file(path: Path) -> str:
     """Return the SHA-256 of a file, in hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def etag_of(path: Path) -> str:
+    """Return the tag that S3 gives a file: its MD5, or that of its parts' MD5s and their number."""
+    with path.open("rb") as stream:
+        parts = [hashlib.md5(part).digest() for part in iter(lambda: stream.read(PART_BYTES), b"")] or [
+            hashlib.md5(b"").digest()
+        ]
+    return parts[0].hex() if len(parts) == 1 else f"{hashlib.md5(b''.join(parts)).hexdigest()}-{len(parts)}"
 
 
 def canonical(value: Any) -> bytes:
@@ -116,18 +135,23 @@ class Store:
             )
         self.uri, self.endpoint = uri.rstrip("/"), endpoint
         self.bucket, self.prefix = match[1], f"{match[2]}/" if match[2] else ""
-        self._client = Minio(
-            address["host"],
-            access_key=keys[0],
-            secret_key=keys[1],
-            secure=address["scheme"].lower() == "https",
+        self._host, self._secure = address["host"], address["scheme"].lower() == "https"
+        self._keys = keys
+        self._client = self._connect(SOON)
+
+    def _connect(self, retries: urllib3.Retry) -> Minio:
+        return Minio(
+            self._host,
+            access_key=self._keys[0],
+            secret_key=self._keys[1],
+            secure=self._secure,
             region=os.environ.get("AWS_DEFAULT_REGION", "us-east-1"),
             http_client=urllib3.PoolManager(
                 timeout=urllib3.Timeout(connect=10, read=120),
                 maxsize=10,
                 cert_reqs="CERT_REQUIRED",
                 ca_certs=os.environ.get("SSL_CERT_FILE"),
-                retries=urllib3.Retry(total=4, backoff_factor=0.5, status_forcelist=[500, 502, 503, 504]),
+                retries=retries,
             ),
         )
 
@@ -139,7 +163,12 @@ class Store:
         except S3Error as error:
             if error.code == "NoSuchBucket":
                 raise SpinError(f"expected the bucket {self.bucket!r}, got none {where}; create it") from None
-            if error.code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied"):
+            if error.code in FULL:
+                raise SpinError(
+                    f"expected room in the bucket, got {error.code} {where}; free or add space and start the run again "
+                    "with the same run key"
+                ) from None
+            if error.code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "ExpiredToken"):
                 raise SpinError(
                     f"expected S3 keys that may use this bucket, got {error.code} {where}; check AWS_ACCESS_KEY_ID and "
                     "AWS_SECRET_ACCESS_KEY"
@@ -156,12 +185,13 @@ class Store:
             raise SpinError(f"expected names that S3 allows, got {self.uri!r} ({error}); set store_uri") from None
 
     def check(self) -> None:
-        """Make sure that the bucket exists and that the keys may read it."""
+        """Make sure that the bucket exists and that the keys may read it; from then on, outlast an outage."""
         with self._errors():
             if not self._client.bucket_exists(self.bucket):
                 raise SpinError(
                     f"expected the bucket {self.bucket!r}, got none ({self.endpoint}, {self.uri}); create it"
                 )
+        self._client = self._connect(PATIENT)
 
     def _exists(self, key: str) -> bool:
         try:
@@ -174,22 +204,27 @@ class Store:
 
     def read_json(self, key: str) -> Any:
         """Return the JSON document at ``key``, or ``None`` where there is none."""
-        with self._errors():
+        found: Any = None
+
+        def fault() -> str:
+            nonlocal found
             try:
                 response = self._client.get_object(self.bucket, self.prefix + key)
             except S3Error as error:
-                if error.code == "NoSuchKey":
-                    return None
-                raise
+                if error.code != "NoSuchKey":
+                    raise
+                return ""
             try:
-                return json.loads(response.read())
+                found = json.loads(response.read())
             except ValueError:
-                raise SpinError(
-                    f"expected JSON at {self.uri}/{key}, got something else; the store is damaged"
-                ) from None
+                return f"expected JSON at {self.uri}/{key}, got something else; the store is damaged"
             finally:
                 response.close()
                 response.release_conn()
+            return ""
+
+        self._until_whole(fault)
+        return found
 
     def write_json(self, key: str, value: Any) -> None:
         """Write a small JSON document in one request: it is there whole or not at all."""
@@ -210,7 +245,7 @@ class Store:
         key = f"objects/{digest}"
         with self._errors():
             if not self._exists(key):
-                self._client.fput_object(self.bucket, self.prefix + key, str(path))
+                self._send(key, path, digest)
         return Ref(kind="file", digest=digest, size=path.stat().st_size, uri=f"{self.uri}/{key}")
 
     def put_folder(self, folder: Path) -> Ref:
@@ -220,8 +255,8 @@ class Store:
         key = f"folders/{digest}"
         with self._errors():
             if not self._exists(f"{key}.json"):
-                for path in listing:
-                    self._client.fput_object(self.bucket, f"{self.prefix}{key}/{path}", str(folder / path))
+                for path, entry in listing.items():
+                    self._send(f"{key}/{path}", folder / path, entry["digest"])
                 self.write_json(f"{key}.json", listing)
         size = sum(entry["size"] for entry in listing.values())
         return Ref(kind="folder", digest=digest, size=size, uri=f"{self.uri}/{key}")
@@ -264,9 +299,15 @@ class Store:
         return target
 
     def _listing(self, ref: Ref) -> dict[str, dict[str, Any]]:
-        listing: dict[str, dict[str, Any]] | None = self.read_json(f"folders/{ref.digest}.json")
-        if listing is None or digest_of(listing) != ref.digest:
-            raise SpinError(f"expected the listing of {ref.uri}, got none or another; the store is damaged")
+        listing: dict[str, dict[str, Any]] = {}
+
+        def fault() -> str:
+            nonlocal listing
+            listing = self.read_json(f"folders/{ref.digest}.json")
+            whole = listing is not None and digest_of(listing) == ref.digest
+            return "" if whole else f"expected the listing of {ref.uri}, got none or another; the store is damaged"
+
+        self._until_whole(fault)
         return listing
 
     def download(self, uri: str) -> Path:
@@ -315,16 +356,61 @@ class Store:
             for name in (f"{key}.json", *(f"{key}/{path}" for path in listing)):
                 self._client.remove_object(self.bucket, self.prefix + name)
 
+    def _send(self, key: str, path: Path, digest: str) -> None:
+        """Upload a file; what the server has is compared with what was meant, as not every server checks what came."""
+        for pause in (*ARRIVALS, None):
+            sent = self._client.fput_object(self.bucket, self.prefix + key, str(path), part_size=PART_BYTES)
+            # With keys of its own (SSE-KMS) a server's tag says nothing: what it holds is read then.
+            if sent.etag == etag_of(path) or self._holds(key, digest):
+                return
+            if pause is None:
+                break
+            time.sleep(pause)
+        raise SpinError(f"expected {self.uri}/{key} to arrive whole, got another digest; check the network")
+
+    def _holds(self, key: str, digest: str) -> bool:
+        response = self._client.get_object(self.bucket, self.prefix + key)
+        try:
+            found = hashlib.sha256()
+            for data in response.stream(2**20):
+                found.update(data)
+            return found.hexdigest() == digest
+        finally:
+            response.close()
+            response.release_conn()
+
     def _fetch(self, key: str, path: Path, digest: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with self._errors():
+
+        def fault() -> str:
             try:
                 self._client.fget_object(self.bucket, self.prefix + key, str(path))
             except S3Error as error:
-                if error.code == "NoSuchKey":
-                    raise SpinError(f"expected the object {self.uri}/{key}, got none; the store is damaged") from None
-                raise
-        if (got := digest_of_file(path)) != digest:
-            raise SpinError(
+                if error.code != "NoSuchKey":
+                    raise
+                return f"expected the object {self.uri}/{key}, got none; the store is damaged"
+            got = digest_of_file(path)
+            return (
                 f"expected {self.uri}/{key} with digest {digest[:12]}, got {got[:12]}; the store is damaged"
+                if got != digest
+                else ""
             )
+
+        self._until_whole(fault)
+
+    def _until_whole(self, fault: Callable[[], str]) -> None:
+        """Call ``fault`` until it has fetched something whole, some seconds apart; raise its last word otherwise."""
+        for pause in (*ARRIVALS, None):
+            with self._errors():
+                try:
+                    word = fault()
+                except urllib3.exceptions.ProtocolError:
+                    # The connection broke within an answer, which the client does not ask for again by itself.
+                    if pause is None:
+                        raise
+                    word = "cut"
+            if not word:
+                return
+            if pause is None:
+                raise SpinError(word)
+            time.sleep(pause)

@@ -7,7 +7,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from spin.models import Model
 from spin.sampling import autocast
 from spin.seeding import generator_of, noise_of, seed_of
 from spin.selection import Selection
+from spin.sharding import make_whole, shard, whole
 from spin.trajectory import chain_of, exact_spin
 
 LORA_TARGETS = [
@@ -110,6 +111,7 @@ class Trainer:
         losers: the opponent's images of the same prompts; ``None`` where the objective needs none.
         iteration: 1-based; chooses beta and steps.
         previous: the losers of the iteration before, where some are to be mixed in.
+        best: winners that were drawn too, in the real images' place.
 
     Raises:
         SpinError: fewer pairs than one batch, or a loser is missing.
@@ -124,8 +126,9 @@ class Trainer:
         iteration: int,
         precision: str,
         previous: Latents | None = None,
+        best: Latents | None = None,
     ):
-        self.previous = previous
+        self.previous, self.best = previous, best
         self.model, self.winners, self.losers, self.config, self.iteration = model, winners, losers, config, iteration
         self.precision = precision if config.mixed_precision == "bf16" else "fp32"
         self.beta, self.steps = config.of(iteration)
@@ -134,7 +137,7 @@ class Trainer:
                 f"expected at least one batch of pairs ({config.batch_size}), got {len(winners)} in the data set; "
                 "lower train.batch_size or add images"
             )
-        for side in (losers, previous):
+        for side in (losers, previous, best):
             if side is not None and (missing := [id for id in winners.ids if id not in side]):
                 raise SpinError(
                     f"expected a loser for every pair, got none for {len(missing)}, e.g. {missing[0]}; generate"
@@ -148,12 +151,15 @@ class Trainer:
                 f"{config.batch_size}; change one of them"
             )
         self.accumulation = config.batch_size // share
+        self.sharded = config.sharding == "fsdp" and self.accelerator.num_processes > 1
         self._make_players()
         self.step, self.drift = 0, 0.0
         self.history: list[dict[str, float]] = []
 
     def _make_players(self) -> None:
-        denoiser = self.model.denoiser
+        denoiser, device = self.model.denoiser, self.model.device
+        if self.sharded:
+            denoiser.cpu()
         if self.config.lora_rank:
             from peft import LoraConfig
 
@@ -175,6 +181,10 @@ class Trainer:
         denoiser.train()
         if self.config.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
+        if self.sharded:
+            shard(denoiser, device, self.precision)
+            if self.reference is not denoiser:
+                shard(self.reference, device, self.precision)
         optimizer = torch.optim.AdamW(
             checkpoint.trained(denoiser).values(),
             lr=self.config.learning_rate,
@@ -182,7 +192,8 @@ class Trainer:
             betas=(self.config.adam_beta1, self.config.adam_beta2),
             eps=self.config.adam_epsilon,
         )
-        self.player, self.optimizer = self.accelerator.prepare(denoiser, optimizer)
+        self.optimizer = self.accelerator.prepare(optimizer)
+        self.player = denoiser if self.sharded else self.accelerator.prepare(denoiser)
         decay = self.config.ema_decay
         self.average = EMAModel(list(checkpoint.trained(denoiser).values()), decay=decay) if decay else None
 
@@ -204,7 +215,7 @@ class Trainer:
         dropped = torch.cat([torch.rand(1, generator=draw) for draw in draws]) < self.config.prompt_dropout
         prompts = ["" if drop else self.winners.prompts[row] for drop, (_, row) in zip(dropped, places, strict=True)]
         return Batch(
-            self.winners.winners(ids).to(device),
+            (self.winners.winners(ids) if self.best is None else self.best.of(ids)).to(device),
             None if self.losers is None else self.losers_of(places).to(device),
             noise,
             noise if self.config.shared_noise else noise_for("loser"),
@@ -273,10 +284,21 @@ class Trainer:
         """Go backward through the configured objective on a micro-batch; gradients are shared after the ``last``."""
         if self.config.objective == "exact-spin":
             return self._learn_exactly(batch, last)
-        with nullcontext() if last else self.accelerator.no_sync(self.player):
+        with self._shared(last):
             objective = self.objective(batch)
             self.accelerator.backward(objective.loss / self.accumulation)
         return objective
+
+    @contextmanager
+    def _shared(self, last: bool) -> Iterator[None]:
+        """Let the processes share what gradients have come together, after the ``last`` pass of a step alone."""
+        if self.sharded:
+            self.player.set_requires_gradient_sync(last)
+        if last or self.sharded:
+            yield
+        else:
+            with self.accelerator.no_sync(self.player):
+                yield
 
     def _learn_exactly(self, batch: Batch, last: bool) -> Objective:
         conditioning, process = batch.conditioning.repeat(2), self.process
@@ -292,7 +314,7 @@ class Trainer:
                 return denoise(denoiser, latents, timestep)
 
         def accumulate(share: Callable[[], torch.Tensor], last_step: bool) -> None:
-            with nullcontext() if last and last_step else self.accelerator.no_sync(self.player):
+            with self._shared(last and last_step):
                 self.accelerator.backward(share() / self.accumulation)
 
         return exact_spin(
@@ -343,7 +365,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         measures = {name: float(self.accelerator.reduce(value, "mean")) for name, value in sums.items()}
         self.step += 1
-        return measures | {"grad_norm": float(norm), "learning_rate": rate}
+        return measures | {"grad_norm": float(whole(norm)), "learning_rate": rate}
 
     def watch(self, measures: dict[str, float]) -> None:
         """Stop a run that ruins real images.
@@ -449,11 +471,12 @@ class Trainer:
             self.average.restore(self.weights().values())
 
     def _checkpoint(self, work: Path, on_checkpoint: Callable[[Path], None], selection: Selection | None) -> None:
-        if self.accelerator.is_main_process:
-            folder = work / f"checkpoint-{self.step:06d}"
+        folder = work / f"checkpoint-{self.step:06d}"
+        if self.accelerator.is_main_process or self.sharded:
             state = {"step": self.step, "history": self.history, "drift": self.drift}
             denoiser = self.accelerator.unwrap_model(self.player)
             checkpoint.save(folder, denoiser, self.optimizer.optimizer, state, self.average)
+        if self.accelerator.is_main_process:
             if selection:
                 selection.save(folder)
             on_checkpoint(folder)
@@ -469,8 +492,15 @@ class Trainer:
         return bool(self.accelerator.reduce(asked, "sum") > 0)
 
     def player_denoiser(self) -> Denoiser:
-        """Return the trained denoiser without wrappers, adapters merged."""
+        """Return the trained denoiser without wrappers, adapters merged; of a sharded one, the first process gets it.
+
+        Every process must ask, and may ask once, at the end.
+        """
         denoiser: Denoiser = self.accelerator.unwrap_model(self.player)
+        if self.sharded:
+            make_whole(denoiser)
+            if not self.accelerator.is_main_process:
+                return denoiser
         if self.config.lora_rank:
             denoiser.fuse_lora()
             denoiser.unload_lora()

@@ -1,4 +1,4 @@
-"""What every test shares: quiet worker threads, and one pair of real servers per session."""
+"""What every test shares: quiet worker threads, one pair of real servers per session, the faults' options."""
 
 import os
 from collections.abc import Iterator
@@ -9,6 +9,13 @@ from pipelines.laptop import Laptop, laptop
 
 # Spinning OpenMP threads starve the other processes of a small machine; libraries read this when they are loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    faults = parser.getgroup("faults", "how hard tests/faults strikes")
+    faults.addoption("--kills", default="3", help="kills of a running pipeline, in all")
+    faults.addoption("--runs", default="1", help="runs that the kills are spread over")
+    faults.addoption("--seed", default="0", help="decides on the moments")
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -175,6 +175,18 @@ def images(folder: Path, count: int = 24) -> Path:
         colour = tuple(int(c) for c in rng.integers(0, 256, 3))
         Image.new("RGB", (40, 36), colour).save(folder / f"{i:03d}.png")
         rows.append({"file_name": f"{i:03d}.png", "text": f"colour {i}"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def pairs(folder: Path, count: int = 24) -> Path:
+    """Write an imagefolder with a loser beside each winner: its negative."""
+    images(folder, count)
+    (folder / "worse").mkdir()
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["loser"] = f"worse/{row['file_name']}"
+        ImageOps.invert(Image.open(folder / row["file_name"])).save(folder / row["loser"])
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 

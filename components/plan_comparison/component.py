@@ -22,7 +22,7 @@ def plan_comparison(
 
     Args:
         run_key: Name of the prepared and scored run in the store.
-        arms: Overrides of train by the arm's name; empty for the usual ones.
+        arms: Overrides by the arm's name; empty for the usual ones.
         iterations: Rounds of the arms that are self-play.
         seeds: Training seeds of every arm.
         store_uri: s3://bucket/prefix of runs and objects.

@@ -1,11 +1,11 @@
 """The experiment of record: does self-play beat supervised fine-tuning on the small world?
 
-    python -m examples.emoji.experiment --search   settings compared on the validation prompts, one seed
-    python -m examples.emoji.experiment            the table on the test prompts, three training seeds
+    python -m examples.emoji.experiment --search sft   settings compared on the validation prompts, one seed
+    python -m examples.emoji.experiment                the table on the test prompts, three training seeds
 
 Both are the comparison pipeline (``pipelines/compare.py``) with a real S3 server; a rerun resumes. ``ARMS`` holds what
-the search chose; the test prompts' table is made by the second command alone. To the pipeline's table it adds what this
-world's judge can also tell: whether the image shows its prompt (R@1 among the 472) and the Fréchet distance.
+the searches chose; the test prompts' table is made by the second command alone. To the pipeline's table it adds what
+this world's judge can also tell: whether the image shows its prompt (R@1 among the 472) and the Fréchet distance.
 """
 
 import json
@@ -38,24 +38,44 @@ from spin.stats import bootstrap_seeds, per_prompt
 ROOT = Path(__file__).resolve().parents[2]
 SFT = {"objective": "sft", "learning_rate": 1e-4}
 SPIN = {"learning_rate": 6e-5, "beta": [300], "steps": [40]}
+
+MILD = {"loser_gradient_scale": 0.3, "steps": [80]}
+UNGUIDED = {"opponent_guidance": 1}
+
+
+def best_of(train: dict[str, Any], steps: int, every: int, patience: int) -> dict[str, Any]:
+    """Return an arm of up to ``steps`` steps whose best player by the validation prompts is kept."""
+    return {"train": {**train, "steps": [steps], "validate_every": every, "patience": patience}}
+
+
 ARMS: dict[str, dict[str, Any]] = {
-    "sft": SFT,
-    "sft-best": {**SFT, "steps": [800], "validate_every": 40, "patience": 5},
-    "sft-lora": {**SFT, "lora_rank": 16, "learning_rate": 1e-3},
-    "spin": SPIN,
+    "sft": {"train": SFT},
+    "sft-best": best_of(SFT, 800, 40, 5),
+    "sft-lora": {"train": {**SFT, "lora_rank": 16, "learning_rate": 1e-3}},
+    "spin": {"train": SPIN},
 }
-CHOSEN = {"validate_every": 20, "patience": 3}
-SEARCH: dict[str, dict[str, Any]] = {
-    **{
-        f"sft-lr{lr:g}": {"objective": "sft", "learning_rate": lr, "steps": [800], "validate_every": 40, "patience": 4}
-        for lr in (3e-5, 1e-4, 3e-4)
-    },
-    **{
-        f"spin-lr{lr:g}-b{beta}": {"learning_rate": lr, "beta": [beta], "steps": [120], **CHOSEN}
-        for lr in (2e-5, 6e-5)
-        for beta in (100, 300, 1000)
-    },
+SEARCHES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
+    "sft": (1, {f"lr{lr:g}": best_of({**SFT, "learning_rate": lr}, 800, 40, 4) for lr in (3e-5, 1e-4, 3e-4)}),
+    "spin": (
+        1,
+        {
+            f"lr{lr:g}-b{beta}": best_of({"learning_rate": lr, "beta": [beta]}, 120, 20, 3)
+            for lr in (2e-5, 6e-5)
+            for beta in (100, 300, 1000)
+        },
+    ),
+    "rounds": (2, {f"b{beta}": {"train": {**SPIN, "beta": [300, beta]}} for beta in (1000, 5000)}),
+    "losers": (
+        2,
+        {
+            "guided-mild": {"train": {**SPIN, **MILD}},
+            "unguided": {"train": SPIN, "generate": UNGUIDED},
+            "unguided-mild": {"train": {**SPIN, **MILD}, "generate": UNGUIDED},
+            "unguided-roundtrip": {"train": SPIN, "generate": {**UNGUIDED, "roundtrip": True}},
+        },
+    ),
 }
+"""Rounds of self-play and arms of every search, in the order in which they were made: each builds on the last."""
 
 
 class Judge:
@@ -102,27 +122,33 @@ def content(run: Run, values: dict[str, Any], split: Split) -> list[str]:
 
 
 def main(
-    search: Annotated[bool, typer.Option("--search", help="compare settings on the validation prompts")] = False,
-    seeds: Annotated[int, typer.Option(help="training seeds of every arm")] = 3,
-    iterations: Annotated[int, typer.Option(help="rounds of self-play")] = 3,
-    only: Annotated[str, typer.Option(help="part of the arms' names")] = "",
+    search: Annotated[
+        str, typer.Option(help=f"settings compared on the validation prompts: {', '.join(SEARCHES)}")
+    ] = "",
+    seeds: Annotated[int, typer.Option(help="training seeds of every arm of the experiment")] = 3,
+    iterations: Annotated[int, typer.Option(help="rounds of self-play in the experiment")] = 3,
 ) -> None:
     """Run the comparison and print its tables."""
-    kind = "search" if search else "experiment"
+    if search and search not in SEARCHES:
+        raise SystemExit(f"expected a search of {', '.join(SEARCHES)}, got {search!r}; choose one")
+    kind = f"search-{search}" if search else "experiment"
     split: Split = "validation" if search else "test"
+    arms, measured = ARMS, {"images_per_prompt": 4}
+    if search:
+        iterations, arms = SEARCHES[search]
+        seeds, measured = 1, {"images_per_prompt": 2, "max_prompts": 50}
     folder = ROOT / "build" / kind
     folder.mkdir(parents=True, exist_ok=True)
-    arms = {name: arm for name, arm in (SEARCH if search else ARMS).items() if only in name}
     with laptop(folder, with_mlflow=False) as servers:
         os.environ.update(servers.environment())
         os.environ |= {"SPIN_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
         values = {
             "run_key": kind,
             "arms": arms,
-            "iterations": 1 if search else iterations,
-            "seeds": 1 if search else seeds,
+            "iterations": iterations,
+            "seeds": seeds,
             "split": split,
-            "overrides": {"score": {"images_per_prompt": 2 if search else 4}},
+            "overrides": {"score": measured},
             "generate_shards": 1,
             "gpu_count": 0,
             "store_uri": "s3://spin",

@@ -43,7 +43,7 @@ def prepare(
     """
     config = resolve(preset, base_model, data_source, overrides or {})
     policy(gate or {})
-    if whole_iteration(iterations, 1) > 1 and config.train.needs_pairs:
+    if whole_iteration(iterations, 1) > 1 and config.train.objective == "dpo":
         raise SpinError(
             f"expected 1 iteration for train.objective dpo, got {iterations}; its reference stays the base model"
         )

@@ -184,7 +184,7 @@ def _scores_of(run: Run, version: Version) -> Index | None:
 
 
 def _scored(scores: Index) -> str:
-    """Return the digest of all that determines scores but the player: prompts, seeds, sampler, judge and its weights."""
+    """Return the digest of all that determines scores but the player: prompts, seeds, sampler, judge with weights."""
     others = {key: value for key, value in scores.inputs.items() if key not in ("player", "earlier")}
     return digest_of([others, scores.facts.get("weights")])
 

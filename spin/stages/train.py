@@ -45,11 +45,12 @@ def train(place: Place, iteration: int, shards: int = 1, processes: int = 0) -> 
     opponent = opponent_of(run, iteration, stage)
     dataset = run.need("prepare", stage).outputs["dataset"]
 
-    def drawn(by: int) -> list[Ref]:
-        return [run.need(shard_stage(by, shard, shards), stage).outputs["losers"] for shard in range(shards)]
+    def drawn(by: int, side: str = "losers") -> list[Ref]:
+        return [run.need(shard_stage(by, shard, shards), stage).outputs[side] for shard in range(shards)]
 
     losers = drawn(iteration) if config.train.needs_losers else []
     previous = drawn(iteration - 1) if losers and config.train.previous_share and iteration > 1 else []
+    best = drawn(iteration, "winners") if config.train.ranks else []
     beta, steps = config.train.of(iteration)
     inputs = {
         "opponent": opponent.digest,
@@ -60,6 +61,8 @@ def train(place: Place, iteration: int, shards: int = 1, processes: int = 0) -> 
         "beta": beta,
         "steps": steps,
     }
+    if best:
+        inputs["winners"] = [ref.digest for ref in best]
     if config.train.validate_every:
         # The player is chosen by what it draws and how that is judged.
         inputs |= {"generate": config.generate.model_dump(mode="json"), "score": config.score.model_dump(mode="json")}
@@ -76,7 +79,7 @@ def train(place: Place, iteration: int, shards: int = 1, processes: int = 0) -> 
         place = replace(place, tracking_uri="")
     with tracking.stage(place, stage, iteration, system_metrics=index is None) as log:
         if index is None:
-            index = _train(run, config, iteration, stage, opponent, dataset, losers, previous, inputs, clock, log)
+            index = _train(run, config, iteration, stage, opponent, dataset, losers, previous, best, inputs, clock, log)
         logger.info("iteration %d: %s, %s", iteration, *verdict_of(index))
         history = run.store.get(index.outputs["history"]).read_text().splitlines()
         log.curves([json.loads(line) for line in history])
@@ -93,6 +96,7 @@ def _train(
     dataset: Ref,
     losers: list[Ref],
     previous: list[Ref],
+    best: list[Ref],
     inputs: dict[str, Any],
     clock: Clock,
     log: tracking.StageLog,
@@ -120,6 +124,7 @@ def _train(
         iteration,
         fast_precision(model.device),
         latents(previous),
+        latents(best),
     )
     identity = digest_of(inputs)
     progress = run.read_progress(stage)
@@ -189,7 +194,7 @@ def _train(
                     if upload:
                         upload.result()
             held_out = measure(before_training, errors_on_grid(trainer)) | {"gradient_snr": snr}
-            word, reason = verdict(held_out)
+            word, reason = verdict(held_out, selection.best_step if selection else None)
             facts["held_out"] = held_out
         except Stopped:
             kept_step = f"step {trainer.step} is kept" if trainer.step else "no step was finished"
@@ -197,11 +202,12 @@ def _train(
             raise SystemExit(128 + signal.SIGTERM) from None
         except Diverged as error:
             word, reason = "diverged", str(error)
+        player = trainer.player_denoiser() if "held_out" in facts else None
         if rank():
             trainer.accelerator.wait_for_everyone()
             return run.need(stage, "the end of training")
-        if "held_out" in facts:
-            models.export(folder, trainer.player_denoiser(), work / "model")
+        if player is not None:
+            models.export(folder, player, work / "model")
             outputs["rejected" if word == "diverged" else "model"] = run.store.put_folder(work / "model")
         path = work / "history.jsonl"
         # Seconds differ from run to run; the history's digest should not.
@@ -240,13 +246,15 @@ def _discard(run: Run, checkpoint: Ref) -> None:
 
 
 def _clean(run: Run, stage: str) -> None:
-    """Remove what a finished stage no longer needs: its last checkpoint, and the word of it."""
+    """Remove what a finished stage no longer needs: the word of its last checkpoint, then the checkpoint."""
     if progress := run.read_progress(stage):
-        _discard(run, Ref.model_validate(progress["checkpoint"]))
         try:
             run.drop_progress(stage)
         except SpinError as error:
-            logger.warning("the progress of %s stays in the store (%s)", stage, error)
+            # The word must never name what is gone.
+            logger.warning("the last checkpoint of %s stays in the store (%s)", stage, error)
+        else:
+            _discard(run, Ref.model_validate(progress["checkpoint"]))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import yaml
 from mlflow import MlflowClient
 
 from pipelines.laptop import Laptop
+from spin.budget import passes
 from spin.run import Index, Run, iteration_stage
 from spin.store import Store
 from tests import tiny
@@ -18,7 +19,12 @@ from tests import tiny
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(500)]
 
 ROOT = Path(__file__).resolve().parents[2]
-ARMS = {"sft": {"objective": "sft"}, "spin": {}}
+ARMS = {
+    "sft": {"train": {"objective": "sft"}},
+    "dpo": {"train": {"objective": "dpo", "pairs": "ranked", "ranked_draws": 2}},
+    "spin": {},
+}
+DPO = "dpo on pairs ranked by clip_score"
 
 
 def test_arms_are_played_and_compared(laptop_servers: Laptop, tmp_path: Path) -> None:
@@ -52,25 +58,30 @@ def test_arms_are_played_and_compared(laptop_servers: Laptop, tmp_path: Path) ->
     play()
     before = {path: path.read_text() for path in tmp_path.rglob("compare-players/table")}
     store = Store("s3://spin/rivals", laptop_servers.s3_endpoint)
-    shared, sft, spin = (Run(store, key) for key in ("rivals", "rivals-sft-0", "rivals-spin-0"))
+    shared, sft, dpo, spin = (Run(store, f"rivals{arm}") for arm in ("", "-sft-0", "-dpo-0", "-spin-0"))
     compared = shared.need("comparison", "")
-    assert list(compared.facts["rows"]) == ["base", "sft", "spin 1", "spin 2"]
+    assert list(compared.facts["rows"]) == ["base", DPO, "sft", "spin 1", "spin 2"]
     assert compared.facts["best_on_validation"] in compared.facts["rows"]
 
     def trained(run: Run, k: int) -> Index:
         return run.need(iteration_stage(k, "train"), "")
 
     # One data set and one base for all; the base is drawn and scored once.
-    for arm in (sft, spin):
+    for arm in (sft, dpo, spin):
         assert arm.need("prepare", "") == shared.need("prepare", "")
         assert arm.need(iteration_stage(0, "score"), "") == shared.need(iteration_stage(0, "score"), "")
     assert trained(spin, 2).inputs["opponent"] == trained(spin, 1).outputs["model"].digest
+    # What drawing and ranking cost is not left for steps.
+    pairs = shared.need("prepare", "").items
+    assert passes(dpo.config(), pairs, 1) <= passes(spin.config(), pairs, 2)
+    assert trained(dpo, 1).facts["steps"] < trained(sft, 1).facts["steps"]
     assert trained(sft, 1).facts["steps"] > 2 * trained(spin, 1).facts["steps"], "SFT's steps are cheaper"
     assert compared.facts["rows"]["spin 2"]["clip_score"] == pytest.approx(
         spin.need(iteration_stage(2, "score"), "").facts["metrics"]["validation"]["clip_score"], abs=3
     )
     ((_, table),) = before.items()
     assert "| spin 2" in table
+    assert f"| {DPO}" in table
     client = MlflowClient(laptop_servers.mlflow_uri)
     (experiment,) = client.search_experiments(filter_string="name = 'rivals'")
     (run,) = client.search_runs([experiment.experiment_id], "tags.`mlflow.runName` LIKE '%comparison'") or [None]

@@ -22,6 +22,8 @@ def world(laptop_servers: Laptop, tmp_path_factory: pytest.TempPathFactory) -> I
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPIN_CACHE", str(folder / "cache"))
         patch.setenv("SPIN_COMMIT", "c0ffee")
+        # What is damaged here stays so; how long the store waits for better is tested with its faults.
+        patch.setattr("spin.store.ARRIVALS", (0.01,))
         # A stage adds its own handler where there is none, on the standard output of the test that happens to be first.
         logger, handler = logging.getLogger("spin"), logging.NullHandler()
         logger.addHandler(handler)

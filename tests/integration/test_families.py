@@ -1,8 +1,6 @@
 """Families beside SD-1.x, played on the command line: prepare, generate, train, score; the stock pipeline draws."""
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,25 +8,10 @@ import torch
 from diffusers import DiffusionPipeline
 
 from spin import models
-from spin.__main__ import main
 from tests import tiny
 from tests.integration.world import World
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture
-def spin(world: World, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Give a function that runs one command to its good end."""
-
-    def call(command: str, *arguments: str) -> None:
-        place = (f"--store-uri={world.store_uri}", f"--store-endpoint={world.servers.s3_endpoint}", "--tracking-uri=")
-        monkeypatch.setattr(sys, "argv", ["spin", command, *place, *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert not ended.value.code
-
-    return call
 
 
 @pytest.mark.parametrize(
@@ -39,19 +22,19 @@ def spin(world: World, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     ],
 )
 def test_a_family_is_played_on_the_command_line(
-    world: World, tmp_path: Path, spin: Callable[..., None], family: str, pipeline: str, training: dict[str, object]
+    world: World, tmp_path: Path, family: str, pipeline: str, training: dict[str, object]
 ) -> None:
-    base, key = tiny.base(tmp_path / "base", family), f"--run-key={family}"
+    base = tiny.base(tmp_path / "base", family)
     options = tiny.overrides(world.judge, steps=[2], learning_rate=1e-3, warmup_steps=0, **training)
-    spin(
-        "prepare", key, f"--base-model={base}", f"--data-source={world.images}", f"--overrides={json.dumps(options)}",
-        "--iterations=2",
+    world.spin(
+        "prepare", family, f"--base-model={base}", f"--data-source={world.images}", "--iterations=2",
+        f"--overrides={json.dumps(options)}",
     )  # fmt: skip
     for iteration in (1, 2):
-        spin("generate", key, f"--iteration={iteration}")
-        spin("train", key, f"--iteration={iteration}")
-    spin("score", key, "--iteration=0")
-    spin("score", key, "--iteration=1")
+        world.spin("generate", family, f"--iteration={iteration}")
+        world.spin("train", family, f"--iteration={iteration}")
+    world.spin("score", family, "--iteration=0")
+    world.spin("score", family, "--iteration=1")
 
     run = world.run(family)
     assert run.need("prepare", "test").facts["latents_shape"] == list(tiny.latents_shape(family))

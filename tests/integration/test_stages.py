@@ -23,10 +23,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from spin import models
-from spin.data.dataset import Dataset
+from spin.data.dataset import Dataset, Latents
 from spin.errors import SpinError
 from spin.presets import preset
 from spin.run import Index, Run
+from spin.sampling import batches, decode, fast_precision, sample_latents
+from spin.scoring import primary_scorer
+from spin.seeding import noise_of
 from spin.stages import Place
 from spin.stages.generate import generate
 from spin.stages.prepare import prepare
@@ -320,6 +323,19 @@ def test_number_of_shards_changes_nothing(world: World, played: Played) -> None:
     assert players[0].outputs == players[2].outputs
 
 
+def test_losers_hear_the_guidance_of_the_opponent(world: World, played: Played) -> None:
+    """Score and losers may be drawn with different guidance; named as large as the player's, it changes nothing."""
+    usual = played.indexes["iteration-000/score"].inputs["generate"]["guidance_scale"]
+    drawn = {}
+    for guidance in (0, usual, 1):
+        place = world.place(f"guided-{guidance:g}")
+        options = tiny.overrides(world.judge)
+        options["generate"] |= {"opponent_guidance": guidance}  # type: ignore[operator]
+        prepare(place, "emoji-cpu", str(world.base), str(world.images), options, iterations=2)
+        drawn[guidance] = losers(world, [generate(place, 1, 0, 1)])
+    assert drawn[0] == drawn[usual] != drawn[1]
+
+
 class Interrupted(Exception):
     pass
 
@@ -362,26 +378,6 @@ def test_interrupted_training_ends_as_if_it_had_not_been(
     assert resumed.outputs["history"].digest == whole.outputs["history"].digest
     assert resumed.facts == whole.facts
     assert resumed.seconds > progress["seconds"]
-
-
-@pytest.mark.parametrize("objective", ["spin", "exact-spin"])
-def test_two_processes_train_as_one(world: World, objective: str) -> None:
-    """The same batches, losses and gradients; sums over processes round differently."""
-    # In float32, and without Adam turning the rounding of tiny gradients into whole steps.
-    options = {
-        "objective": objective, "beta": [20], "trajectory_steps": 3, "learning_rate": 1e-3, "mixed_precision": "no",
-        "adam_epsilon": 1e-4,
-    }  # fmt: skip
-    one, two = (shared(world, f"{objective}-{name}", **options) for name in ("one", "two"))
-    for place in (one, two):
-        generate(place, 1)
-    alone, together = train(one, 1), train(two, 1, processes=2)
-    assert together.items == alone.items
-    for row, other in zip(history(world, alone), history(world, together), strict=True):
-        assert other == pytest.approx(row, rel=1e-3, abs=1e-6)
-    ours, theirs = unet_of(world, alone), unet_of(world, together)
-    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-4
-    assert train(two, 1, processes=2) == together
 
 
 def test_a_fault_in_one_of_several_processes_is_one_line(world: World) -> None:
@@ -504,14 +500,8 @@ def test_losers_of_two_iterations_are_mixed_from_the_second_on(world: World) -> 
 
 
 def test_dpo_learns_from_the_datas_own_pairs(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tiny.images(tmp_path / "pairs", 24)
-    (folder / "worse").mkdir()
+    folder = tiny.pairs(tmp_path / "pairs")
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    for row in rows:
-        # The loser is the winner's negative.
-        row["loser"] = f"worse/{row['file_name']}"
-        ImageOps.invert(Image.open(folder / row["file_name"])).save(folder / row["loser"])
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr("spin.stages.prepare.ROWS_PER_FILE", 8)
     place = world.place("dpo")
     options = tiny.overrides(world.judge, objective="dpo", warmup_steps=0)
@@ -531,6 +521,57 @@ def test_dpo_learns_from_the_datas_own_pairs(world: World, tmp_path: Path, monke
     assert index.inputs["losers"] == []
     assert history(world, index)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert history(world, index)[1]["margin"] != 0
+
+
+def test_dpo_may_learn_from_pairs_that_a_scorer_ranks(world: World) -> None:
+    place, options = world.place("ranked"), {"objective": "dpo", "pairs": "ranked", "ranked_draws": 3}
+    sources = (str(world.base), str(world.images), tiny.overrides(world.judge, warmup_steps=0, **options))
+    assert refusal(prepare, place, "emoji-cpu", *sources, 2).startswith(
+        "expected 1 iteration for train.objective dpo, "
+    )
+    prepare(place, "emoji-cpu", *sources)
+    one, two = generate(place, 1), [generate(place, 1, shard, 2) for shard in (0, 1)]
+    prepared = world.run("ranked").need("prepare", "")
+    assert one.items == sum(index.items for index in two) == 3 * prepared.items
+    drawn = {side: Latents([world.store().get(one.outputs[side])]) for side in ("winners", "losers")}
+    again = {side: Latents([world.store().get(index.outputs[side]) for index in two]) for side in ("winners", "losers")}
+    data, config = Dataset(world.store().get(prepared.outputs["dataset"])), world.run("ranked").config()
+    model = models.load(world.base)
+    precision, scorer = fast_precision(model.device), primary_scorer(config.score, model.device)
+    best, worst = (drawn[side].of(data.ids) for side in ("winners", "losers"))
+    for side, latents in (("winners", best), ("losers", worst)):
+        assert torch.equal(again[side].of(data.ids), latents)
+
+    def draws(sample: int) -> torch.Tensor:
+        noise = torch.stack([noise_of(data.latents_shape, "generate", 0, 1, id, sample) for id in data.ids])
+        rows = batches(len(data), config.generate.batch_size)
+        parts = [
+            sample_latents(model, [data.prompts[i] for i in part], noise[list(part)], config.generate, precision)
+            for part in rows
+        ]
+        return torch.cat(parts).half().float()
+
+    def scores(latents: torch.Tensor) -> torch.Tensor:
+        images = decode(model, latents, precision).numpy()
+        return scorer.score([Image.fromarray(image) for image in images], data.prompts)
+
+    # Both are of the three draws; the judge sees it as it should, but for the rounding of its images.
+    three = torch.stack([draws(sample) for sample in range(3)])
+    for side in (best, worst):
+        assert bool((three == side).flatten(2).all(-1).any(0).all())
+    every = torch.stack([scores(latents) for latents in three])
+    torch.testing.assert_close(scores(best), every.amax(0), rtol=0, atol=0.5)
+    torch.testing.assert_close(scores(worst), every.amin(0), rtol=0, atol=0.5)
+    assert float((every.amax(0) - every.amin(0)).mean()) > 1
+
+    index = train(place, 1)
+    assert index.inputs["winners"] == [one.outputs["winners"].digest]
+    assert index.inputs["losers"] == [one.outputs["losers"].digest]
+    rows = history(world, index)
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert rows[1]["margin"] != 0
+    # It is judged by its error on real images, which no drawn loser stands beside.
+    assert "implicit_accuracy" not in index.facts["held_out"]
 
 
 def test_dpo_needs_pairs(world: World) -> None:

@@ -7,6 +7,7 @@ import re
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from minio import Minio
@@ -118,11 +119,11 @@ def test_interrupted_folder_is_sent_again(store: Store, tmp_path: Path, monkeypa
         write(folder / name, f"interrupted {name}")
     send, sent = Minio.fput_object, []
 
-    def fail_at_second(self: Minio, bucket: str, name: str, path: str) -> object:
+    def fail_at_second(self: Minio, bucket: str, name: str, path: str, **options: Any) -> object:
         sent.append(name)
         if len(sent) == 2:
             raise KeyboardInterrupt
-        return send(self, bucket, name, path)
+        return send(self, bucket, name, path, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(Minio, "fput_object", fail_at_second)

@@ -1,11 +1,14 @@
 """A tiny world on real servers: models, images and the stages of a run, each in fractions of a second."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from minio import Minio
 
 from pipelines.laptop import REGION, Laptop
+from spin.__main__ import main
 from spin.run import Index, Run
 from spin.stages import Place
 from spin.stages.generate import generate
@@ -64,6 +67,19 @@ class World:
 
     def place(self, run_key: str, tracking_uri: str = "") -> Place:
         return Place(run_key, self.store_uri, self.servers.s3_endpoint, tracking_uri, EXPERIMENT)
+
+    def command(self, command: str, run_key: str, *arguments: str) -> list[str]:
+        """Return the arguments of ``python -m spin`` for one command on a run, without tracking."""
+        place = (f"--store-uri={self.store_uri}", f"--store-endpoint={self.servers.s3_endpoint}", "--tracking-uri=")
+        return [command, f"--run-key={run_key}", *place, *arguments]
+
+    def spin(self, command: str, run_key: str, *arguments: str) -> None:
+        """Run one command of ``python -m spin`` to its good end, in this process."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["spin", *self.command(command, run_key, *arguments)])
+            with pytest.raises(SystemExit) as ended:
+                main()
+        assert not ended.value.code
 
     def prepare(self, place: Place, **training: object) -> Index:
         options = tiny.overrides(self.judge, **training)

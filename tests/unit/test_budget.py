@@ -51,7 +51,13 @@ def test_passes_are_those_of_a_real_step(tmp_path: Path, train: dict[str, Any], 
 def test_a_run_is_its_steps_and_its_losers() -> None:
     # 2 iterations of 10 and 20 steps, 4 pairs of 8 passes; 100 losers each of 20 steps, two passes for guidance.
     assert passes(config(steps=[10, 20]), pairs=100, iterations=2) == 30 * 4 * 8 + 2 * 100 * 40
+    unguided = override(config(steps=[10]), {"generate": {"opponent_guidance": 1}})
+    assert passes(unguided, pairs=100, iterations=1) == 10 * 4 * 8 + 100 * 20
     assert passes(config(objective="sft"), pairs=100, iterations=1) == 10 * 4 * 3
+    # 3 draws per prompt, of which two are learnt from.
+    ranked = config(objective="dpo", pairs="ranked", ranked_draws=3)
+    assert passes(ranked, pairs=100, iterations=1) == 10 * 4 * 8 + 3 * 100 * 40
+    assert passes(config(objective="dpo"), pairs=100, iterations=1) == 10 * 4 * 8
 
 
 def test_steps_for_a_budget() -> None:

@@ -67,13 +67,14 @@ def test_rivals_get_the_budget_of_self_play() -> None:
 
 
 def test_given_steps_stay() -> None:
-    (arm,) = arms_of("run", SHARED, {"sft": {"objective": "sft", "steps": [7]}}, 3, 1, 322)
+    (arm,) = arms_of("run", SHARED, {"sft": {"train": {"objective": "sft", "steps": [7]}}}, 3, 1, 322)
     assert arm.config.train.steps == (7,)
 
 
 def test_the_dearest_self_play_is_the_budget_whatever_the_order() -> None:
     """KFP hands mappings over in any order."""
-    arms = {"sft": {"objective": "sft"}, "a": {"steps": [10]}, "b": {"steps": [90]}, "c": {"steps": [20]}}
+    lengths = {name: {"train": {"steps": [steps]}} for name, steps in (("a", 10), ("b", 90), ("c", 20))}
+    arms = {"sft": {"train": {"objective": "sft"}}, **lengths}
     found = [arms_of("run", SHARED, dict(order), 2, 1, 322) for order in (arms.items(), reversed(arms.items()))]
     assert found[0] == found[1]
     by_name = {arm.name: arm.config for arm in found[0]}
@@ -89,7 +90,7 @@ def test_a_rate_that_decays_does_so_over_the_given_steps() -> None:
 
 
 def test_a_run_per_arm_and_seed() -> None:
-    arms = arms_of("run", SHARED, {"a": {}, "b": {"beta": [10]}}, 2, seeds=2, pairs=322)
+    arms = arms_of("run", SHARED, {"a": {}, "b": {"train": {"beta": [10]}}}, 2, seeds=2, pairs=322)
     assert [arm.run_key for arm in arms] == ["run-a-0", "run-b-0", "run-a-1", "run-b-1"]
     assert [(arm.config.train.seed, arm.config.generate.seed) for arm in arms] == [(0, 0), (0, 0), (1, 1), (1, 1)]
     assert {arm.config.score.seed for arm in arms} == {SHARED.score.seed}, "the same images are compared"
@@ -110,7 +111,13 @@ def test_a_run_per_arm_and_seed() -> None:
             1,
             "expected arms named by small letters, digits, '-' and '.' (at most 19, not 'base'), got 'base'",
         ),
-        ({"a": {"bta": [1]}}, 1, "expected a known option, got 'train.bta'; did you mean 'beta'?"),
+        ({"a": {"train": {"bta": [1]}}}, 1, "expected a known option, got 'train.bta'; did you mean 'beta'?"),
+        (
+            {"a": {"generate": {"num_inference_steps": 5}}},
+            1,
+            "expected arm 'a' to change train, generate.opponent_guidance or generate.roundtrip, got {'generate': "
+            "{'num_inference_steps': 5}}; give what all arms share in overrides",
+        ),
     ],
 )
 def test_bad_arms_are_refused(arms: dict[str, Any], seeds: int, line: str) -> None:

@@ -29,7 +29,7 @@ def refusal(overrides: Any) -> str:
         (
             {"generate": {"qqqq": 1}},
             "expected a known option, got 'generate.qqqq'; known: batch_size, guidance_scale, num_inference_steps, "
-            "roundtrip, seed (in overrides)",
+            "opponent_guidance, roundtrip, seed (in overrides)",
         ),
     ],
 )
@@ -55,6 +55,7 @@ def test_unknown_options_name_the_nearest(overrides: dict[str, Any], message: st
         ({"train": {"prompt_dropout": 1}}, "train.prompt_dropout"),
         ({"train": {"objective": "ppo"}}, "train.objective"),
         ({"generate": {"guidance_scale": 0.5}}, "generate.guidance_scale"),
+        ({"generate": {"opponent_guidance": 0.5}}, "generate"),
         ({"data": {"held_out_share": 1.0}}, "data.held_out_share"),
         ({"score": {"seed": -1}}, "score.seed"),
         ({"score": {"template": "a picture"}}, "score.template"),
@@ -93,6 +94,8 @@ def test_micro_batches_must_fill_the_batch() -> None:
         {"objective": "sft", "shared_noise": False},
         {"objective": "sft", "link": "hinge"},
         {"objective": "dpo", "previous_share": 0.5},
+        {"objective": "dpo", "ranked_draws": 8},
+        {"objective": "spin", "pairs": "ranked"},
     ],
 )
 def test_options_without_use_are_refused(options: dict[str, Any]) -> None:
@@ -196,3 +199,8 @@ def test_every_preset_is_valid_and_survives_json(name: str) -> None:
     again = RunConfig.model_validate(json.loads(json.dumps(config.model_dump(mode="json"))))
     assert again == config
     assert override(config, config.model_dump(mode="json")) == config
+
+
+def test_a_sharded_player_is_not_asked_to_draw() -> None:
+    message = refusal({"train": {"sharding": "fsdp", "validate_every": 10}})
+    assert "expected validate_every 0 with sharding fsdp, got 10; set steps instead" in message

@@ -147,6 +147,16 @@ def test_ruined_real_images_are_divergence_however_many_pairs_are_won() -> None:
     assert verdict(measures)[0] == "diverged"
 
 
+def test_a_held_out_score_decides_where_it_chooses() -> None:
+    before = around(1, 0.2, 0)
+    worse = measure(grid(before, None), grid(before + around(0.05, 0.01, 1), None))
+    assert verdict(worse)[0] == "diverged"
+    word, reason = verdict(worse, chosen=40)
+    assert (word, reason.split(",")[0]) == ("improved", "best score at step 40")
+    assert "error on" in reason
+    assert verdict(worse, chosen=0)[0] == "converged"
+
+
 def test_by_timestep_tells_where() -> None:
     before = torch.ones(IMAGES, GRID)
     after = before.clone()

@@ -17,25 +17,23 @@ from google.protobuf import json_format
 from kfp import compiler, components
 from kfp.pipeline_spec import pipeline_spec_pb2
 
-from pipelines.compare import spin_comparison
-from pipelines.compiled import compile_pipeline
+from pipelines.compiled import compile_pipeline, number_by_place
 from pipelines.spin import CHOICES, spin_diffusion
 from spin.errors import SpinError
 from spin.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = ROOT / "tests" / "golden" / "spin-diffusion.yaml"
-RENEW = "env -u SPIN_RUNTIME_IMAGE python pipelines/spin.py --check --output tests/golden/spin-diffusion.yaml"
+GOLDEN = {"spin.py": "tests/golden/spin-diffusion.yaml", "compare.py": "tests/golden/spin-comparison.yaml"}
 OTHER_IMAGE = "registry.example/team/spin@sha256:" + "0" * 64
 
 Spec = dict[str, Any]
 
 
-def compiled_elsewhere(output: Path, hash_seed: str, **environment: str) -> Path:
+def compiled_elsewhere(output: Path, hash_seed: str, script: str = "spin.py", **environment: str) -> Path:
     """Compile in a process of its own: modules that are loaded here have read this process's environment."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("SPIN_", "KFP_", "KF_", "PYTHON"))}
     subprocess.run(
-        [sys.executable, ROOT / "pipelines" / "spin.py", "--check", "--output", output],
+        [sys.executable, ROOT / "pipelines" / script, "--check", "--output", output],
         check=True,
         capture_output=True,
         env=kept | {"PYTHONHASHSEED": hash_seed} | environment,
@@ -64,11 +62,19 @@ def without_sdk_version(text: str) -> str:
     return re.sub(r"^sdkVersion: .*$", "sdkVersion: any", text, flags=re.MULTILINE)
 
 
-def test_the_golden_file_is_what_compiles(package: Path) -> None:
-    golden, compiled = (without_sdk_version(path.read_text()).splitlines() for path in (GOLDEN, package))
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled_elsewhere(tmp_path_factory.mktemp("compiled") / "comparison.yaml", "1", "compare.py")
 
+
+@pytest.mark.parametrize("script", GOLDEN)
+def test_the_golden_file_is_what_compiles(package: Path, comparison: Path, script: str) -> None:
+    paths = ROOT / GOLDEN[script], package if script == "spin.py" else comparison
+    golden, compiled = (without_sdk_version(path.read_text()).splitlines() for path in paths)
+
+    renew = f"env -u SPIN_RUNTIME_IMAGE python pipelines/{script} --check --output {GOLDEN[script]}"
     if difference := "\n".join(difflib.unified_diff(golden, compiled, "golden", "compiled", lineterm="")):
-        pytest.fail(f"{difference}\n\nIf that is what you want, renew the golden file:\n    {RENEW}", pytrace=False)
+        pytest.fail(f"{difference}\n\nIf that is what you want, renew the golden file:\n    {renew}", pytrace=False)
 
 
 def test_compiling_again_gives_the_same_bytes(package: Path, tmp_path: Path) -> None:
@@ -83,6 +89,22 @@ def test_compiling_again_gives_the_same_bytes(package: Path, tmp_path: Path) -> 
     assert bare.count(OTHER_IMAGE) == count == len(executors(again))
     here = [compile_pipeline(spin_diffusion, CHOICES, tmp_path / name).read_bytes() for name in ("one", "two")]
     assert here[0] == here[1]
+
+
+@pytest.mark.parametrize("numbers", [(1, 2, 3), (3, 1, 2), (2, 3, 1)])
+def test_names_do_not_depend_on_the_compilers_numbers(comparison: Path, numbers: tuple[int, ...]) -> None:
+    """The compiler numbers the parts of nested pipelines in an order that changes; here it is changed on purpose."""
+    spec, platform = yaml.safe_load_all(comparison.read_text())
+    shuffled = comparison.read_text()
+    loops = ["comp-for-loop-1", "comp-for-loop-1-2", "comp-for-loop-1-3"]
+    for old, number in zip(loops, numbers, strict=True):
+        shuffled = re.sub(rf"\b{old}(?=:|$)", f"comp-loop-{number}", shuffled, flags=re.MULTILINE)
+    for old, number in zip(["exec-plan", "exec-plan-2", "exec-plan-3"], numbers, strict=True):
+        shuffled = re.sub(rf"\b{old}(?=:|$)", f"exec-other-{number}", shuffled, flags=re.MULTILINE)
+    other = list(yaml.safe_load_all(shuffled))
+    assert other != [spec, platform]
+    number_by_place(*other)
+    assert other == [spec, platform]
 
 
 def test_a_valid_specification(package: Path, documents: list[Spec]) -> None:
@@ -286,10 +308,9 @@ def test_every_input_of_every_task_is_supplied(documents: list[Spec]) -> None:
     assert reached == set(spec["components"])
 
 
-def test_every_input_of_the_comparison_is_supplied_too(tmp_path: Path) -> None:
+def test_every_input_of_the_comparison_is_supplied_too(comparison: Path) -> None:
     """Both copies of the game in it, rivals' and players', and the two places that score."""
-    package = compile_pipeline(spin_comparison, CHOICES, tmp_path / "comparison.yaml")
-    spec, platform = yaml.safe_load_all(package.read_text())
+    spec, platform = yaml.safe_load_all(comparison.read_text())
     assert faults(spec, platform) == []
     prepare = spec["root"]["dag"]["tasks"]["prepare-data"]["inputs"]["parameters"]
     assert prepare["iterations"] == {"runtimeValue": {"constant": 1.0}}, "a data set with pairs may be prepared"

@@ -1,16 +1,19 @@
 """Scores against transformers' CLIPModel, and against cases whose answer is plain."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from spin import models
 from spin.errors import SpinError
 from spin.scorers import clip as module
 from spin.scorers.clip import Clip, ClipScore, StyleShare
+from spin.scoring import best_and_worst
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -150,3 +153,33 @@ def test_damaged_weights_are_refused(judge: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"not a tensor")
     with pytest.raises(SpinError, match="expected a CLIP model with safetensors"):
         Clip(str(tmp_path), CPU)
+
+
+class Brightness:
+    """Likes bright images."""
+
+    name = "brightness"
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
+        assert len(images) == len(prompts)
+        return torch.tensor([float(np.asarray(image).mean()) for image in images])
+
+
+def test_the_best_and_the_worst_of_several_draws(made: Callable[[str], Path]) -> None:
+    model = models.load(made("sd1"), CPU)
+    draws = torch.stack([tiny.random_latents(5, seed=seed) for seed in (1, 2, 3)])
+    best, worst = best_and_worst(draws, model, Brightness(), PROMPTS, "fp32")
+    bright = torch.stack([model.decode(draw).float().mean(dim=(1, 2, 3)) for draw in draws])
+    for row in range(5):
+        assert torch.equal(best[row], draws[bright[:, row].argmax(), row])
+        assert torch.equal(worst[row], draws[bright[:, row].argmin(), row])
+    assert len(set(bright.argmax(0).tolist())) > 1
+
+
+def test_pairs_are_not_ranked_by_what_is_no_number(
+    made: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Brightness, "score", lambda *_: torch.full((2,), torch.nan))
+    draws = tiny.random_latents(4, seed=1).view(2, 2, *tiny.LATENTS)
+    with pytest.raises(SpinError, match=r"^expected finite scores, got NaN or infinity; "):
+        best_and_worst(draws, models.load(made("sd1"), CPU), Brightness(), ["a", "b"], "fp32")

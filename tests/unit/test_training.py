@@ -298,6 +298,14 @@ def test_some_losers_may_be_the_previous_iterations(world: Path, tmp_path: Path)
     assert torch.equal(player.losers_of(places(3, 4)), player.losers_of(places(3, 4)))
 
 
+def test_winners_may_be_drawn_too(world: Path, tmp_path: Path) -> None:
+    data, drawn = Dataset(world / "data"), tmp_path / "winners.safetensors"
+    Latents.write(drawn, data.ids, torch.full((PAIRS, *tiny.LATENTS), 0.5))
+    losers, config = Latents([world / "losers.safetensors"]), TrainConfig(batch_size=8, micro_batch_size=8)
+    player = Trainer(models.load(world / "base", CPU), data, losers, config, 1, "fp32", best=Latents([drawn]))
+    assert set(player.batch(places(3, 4)).winner.flatten().tolist()) == {0.5}
+
+
 # --- what it may depend on
 
 
@@ -783,6 +791,19 @@ def test_a_selection_goes_on_after_an_interruption(world: Path, tmp_path: Path) 
     assert second.step == whole.step == 8
     for name, value in weights(whole).items():
         assert torch.equal(weights(second)[name], value)
+
+
+def test_the_best_player_is_kept_by_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    weight = {"weight": torch.ones(3)}
+    first = Selection(scores(1), every=1, patience=1)
+    first.consider(0, weight)
+    first.save(tmp_path)
+    monkeypatch.setenv("RANK", "1")
+    other, resumed = Selection(scores(1), every=1, patience=1), Selection(scores(), every=1, patience=1)
+    assert other.consider(0, weight) == 1
+    resumed.load(tmp_path)
+    assert (other.best_step, other._weights) == (resumed.best_step, resumed._weights) == (0, {})
+    assert first._weights.keys() == weight.keys()
 
 
 # --- schedules and orders

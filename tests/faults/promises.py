@@ -1,0 +1,78 @@
+"""What the store promises at any moment, whatever was killed: a list of the promises that are broken."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from minio import Minio
+
+from spin.run import Index
+from spin.store import Ref, digest_of
+
+
+class Bucket:
+    """Read-only access below a prefix that shares no code with the store; what an object is named by is read once."""
+
+    def __init__(self, client: Minio, bucket: str, prefix: str):
+        self.client, self.bucket, self.prefix = client, bucket, prefix
+        self.known: dict[str, str] = {}
+
+    def names(self) -> list[str]:
+        found = self.client.list_objects(self.bucket, f"{self.prefix}/", recursive=True)
+        return [str(item.object_name).removeprefix(f"{self.prefix}/") for item in found]
+
+    def read(self, name: str) -> bytes:
+        with self.client.get_object(self.bucket, f"{self.prefix}/{name}") as answer:
+            return answer.read()
+
+    def digest(self, name: str) -> str:
+        # Objects never change, so each is read once however often the store is looked at.
+        if name not in self.known:
+            self.known[name] = hashlib.sha256(self.read(name)).hexdigest()
+        return self.known[name]
+
+
+def broken(bucket: Bucket) -> list[str]:
+    """Return a line per broken promise, none for a sound store.
+
+    - An object's name is the digest of what it holds; so is a folder's listing.
+    - What a listing names is there, whole.
+    - What an index or a checkpoint's word names is there, of the size that it says.
+    """
+    names = set(bucket.names())
+    lines = [
+        f"{name} holds {bucket.digest(name)}"
+        for name in names
+        if name.startswith("objects/") and bucket.digest(name) != name.removeprefix("objects/")
+    ]
+    for name in names:
+        if name.startswith("folders/") and name.count("/") == 1:
+            lines += _listing(bucket, name, names)
+        if name.startswith("runs/") and not name.endswith("/run.json"):
+            lines += [f"{name} names {line}" for ref in _refs(name, bucket.read(name)) for line in _missing(ref, names)]
+    return sorted(lines)
+
+
+def _listing(bucket: Bucket, name: str, names: set[str]) -> Iterator[str]:
+    folder, listing = name.removesuffix(".json"), json.loads(bucket.read(name))
+    if f"folders/{digest_of(listing)}" != folder:
+        yield f"{name} holds the listing {digest_of(listing)}"
+    for path, entry in listing.items():
+        if f"{folder}/{path}" not in names:
+            yield f"{name} lists {path}, which is not there"
+        elif bucket.digest(f"{folder}/{path}") != entry["digest"]:
+            yield f"{name} lists {path} with another digest"
+
+
+def _refs(name: str, data: bytes) -> list[Ref]:
+    document: dict[str, Any] = json.loads(data)
+    if name.endswith(".progress.json"):
+        return [Ref.model_validate(value) for value in document.values() if isinstance(value, dict)]
+    return list(Index.model_validate(document).outputs.values())
+
+
+def _missing(ref: Ref, names: set[str]) -> Iterator[str]:
+    name = f"objects/{ref.digest}" if ref.kind == "file" else f"folders/{ref.digest}.json"
+    if name not in names:
+        yield f"{name}, which is not there"

@@ -1,0 +1,124 @@
+"""Kill the whole pipeline at random moments, start it again, until it is done: it ends as if nothing had happened.
+
+``--kills`` strikes are spread over ``--runs`` runs (``make faults``: 50 over 10); the usual test run has a few. Moments
+and signals follow from ``--seed``.
+"""
+
+import contextlib
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from minio import Minio
+from mlflow import MlflowClient
+
+from pipelines.laptop import REGION, Laptop
+from spin.run import iteration_stage
+from spin.stages.generate import shard_stage
+from tests.faults.promises import Bucket, broken
+from tests.local_run import ITERATIONS, SHARDS, Pipeline, kill, tiny_options
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(7200)]
+
+GRACE_SECONDS = 30.0
+"""What Kubernetes leaves between SIGTERM and SIGKILL unless told otherwise."""
+LONG = 1200.0
+"""Seconds after which a run that nothing kills counts as hanging, on a machine with much else to do."""
+DRAWN = re.compile(r"iteration (\d+): shard (\d+) of \d+: \d+ of \d+ images")
+BEGAN = re.compile(r"Executing task [^']*'([a-z-]+)'")
+
+
+@dataclass
+class Killer:
+    """Strikes a pipeline at random moments, and looks at the store after each."""
+
+    pipeline: Pipeline
+    bucket: Bucket
+    dice: random.Random
+    seconds: float
+    """How long an uninterrupted run takes."""
+    struck: Counter[str] = field(default_factory=Counter)
+
+    def strike(self) -> bool:
+        """Start the pipeline and kill it; return whether it was still running then."""
+        before, process = self.pipeline.indexes(), self.pipeline.start()
+        moment, evicted = self.dice.uniform(2, self.seconds), self.dice.random() < 0.5
+        try:
+            process.wait(moment)
+        except subprocess.TimeoutExpired:
+            if evicted:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE_SECONDS)
+        running = process.returncode != 0
+        kill(process)
+        said = self.pipeline.log.read_text()
+        if running:
+            self.struck[f"{(BEGAN.findall(said) or ['start'])[-1]} {'SIGTERM' if evicted else 'SIGKILL'}"] += 1
+        self.look(before, said)
+        return running
+
+    def look(self, before: dict[str, Any], said: str) -> None:
+        """Check what must hold at any moment, and that nothing finished is made again."""
+        assert broken(self.bucket) == [], said[-3000:]
+        now = self.pipeline.indexes()
+        for stage, index in before.items():
+            assert index is None or now[stage] == index, f"{stage} was made again:\n{said[-3000:]}"
+        drawn = {shard_stage(int(k), int(shard) - 1, SHARDS) for k, shard in DRAWN.findall(said)}
+        assert not {stage for stage in drawn if before[stage]}, said[-3000:]
+
+
+def curves(pipeline: Pipeline) -> dict[str, list[tuple[int, float]]]:
+    """Return the loss curve of every iteration as MLflow shows it."""
+    client = MlflowClient(pipeline.servers.mlflow_uri)
+    experiment = client.get_experiment_by_name(f"e2e-{pipeline.key}")
+    assert experiment
+    found = {}
+    for k in range(1, ITERATIONS + 1):
+        stage = iteration_stage(k, "train")
+        (run,) = client.search_runs([experiment.experiment_id], f"tags.`spin.stage` = '{stage}'")
+        found[stage] = [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, "loss")]
+    return found
+
+
+def test_killed_anywhere_it_ends_the_same(
+    laptop_servers: Laptop, tmp_path: Path, pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kills, runs, seed = (int(pytestconfig.getoption(name)) for name in ("--kills", "--runs", "--seed"))
+    options = tiny_options(tmp_path / "tiny")
+    whole = Pipeline(laptop_servers, tmp_path / "whole", options, "uninterrupted")
+    began = time.monotonic()
+    whole.succeed(LONG)
+    seconds, wanted, shown = time.monotonic() - began, whole.digests(), curves(whole)
+    struck: Counter[str] = Counter()
+    client = Minio(
+        laptop_servers.s3_endpoint.removeprefix("http://"),
+        laptop_servers.access_key,
+        laptop_servers.secret_key,
+        secure=False,
+        region=REGION,
+    )
+    for number in range(runs):
+        key = f"killed-{seed}-{number}"
+        pipeline = Pipeline(laptop_servers, tmp_path / key, options, key)
+        killer = Killer(pipeline, Bucket(client, "spin", key), random.Random(f"{seed}-{number}"), seconds)
+        left = kills // runs + (number < kills % runs)
+        while left and killer.strike():
+            left -= 1
+        before = pipeline.indexes()
+        killer.look(before, pipeline.succeed(LONG))
+        assert pipeline.digests() == wanted, f"seed {seed}, run {number}: {killer.struck}"
+        assert curves(pipeline) == shown, f"seed {seed}, run {number}: {killer.struck}"
+        struck += killer.struck
+    with capsys.disabled():
+        print(f"\n{sum(struck.values())} kills in {runs} runs of {seconds:.0f} s each, seed {seed}: {dict(struck)}")
+    assert sum(struck.values()) >= kills // 2, "the moments must fall into the runs"

@@ -1,0 +1,176 @@
+"""The store behind a faulty network and a failing server: work is done late, or refused in one line; never half."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from urllib3.connection import HTTPConnection
+from urllib3.exceptions import NewConnectionError
+
+from pipelines.laptop import Laptop
+from spin.errors import SpinError
+from spin.store import PATIENT, Store
+from tests.faults.promises import Bucket, broken
+from tests.faults.proxy import Answer, Fault, Hidden, Proxy, Request, after, cut, first, flip, flip_upload, says, slow
+
+pytestmark = pytest.mark.integration
+NUMBER = iter(range(1000))
+
+
+@pytest.fixture
+def proxy(laptop_servers: Laptop) -> Iterator[Proxy]:
+    proxy = Proxy(laptop_servers.s3_endpoint)
+    yield proxy
+    proxy.refuse()
+
+
+@pytest.fixture
+def store(proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setenv("SPIN_CACHE", str(tmp_path / "cache"))
+    store = Store(f"s3://spin/faulty-{next(NUMBER)}", proxy.endpoint)
+    store.check()
+    return store
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    (folder / "unet").mkdir(parents=True)
+    (folder / "unet" / "weights").write_bytes(bytes(range(256)) * 4000)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def sound(store: Store) -> bool:
+    return broken(Bucket(store._client, store.bucket, store.prefix.rstrip("/"))) == []
+
+
+def there_and_back(store: Store, folder: Path) -> None:
+    ref = store.put_folder(folder)
+    store.write_json("runs/r/train.progress.json", {"checkpoint": ref.model_dump()})
+    assert store.read_json("runs/r/train.progress.json") == {"checkpoint": ref.model_dump()}
+    assert same(store.get(ref), folder)
+
+
+def same(one: Path, other: Path) -> bool:
+    return all((one / path).read_bytes() == (other / path).read_bytes() for path in ("unet/weights", "config.json"))
+
+
+def none(_: Request, forward: Callable[[], Answer]) -> Answer:
+    return forward()
+
+
+def refusal(act: Callable[[], object]) -> str:
+    with pytest.raises(SpinError) as refused:
+        act()
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(first(3, says(503, "SlowDown")), id="503"),
+        pytest.param(first(3, says(500, "InternalError")), id="500"),
+        pytest.param(slow(0.3), id="slow"),
+    ],
+)
+def test_a_struggling_server_costs_time_alone(store: Store, proxy: Proxy, folder: Path, fault: Fault) -> None:
+    proxy.fault = fault
+    there_and_back(store, folder)
+    proxy.fault = none
+    assert sound(store)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(lambda: first(2, cut, "GET"), id="cut"),
+        pytest.param(lambda: first(1, flip, "GET"), id="corrupted"),
+        pytest.param(lambda: Hidden(1.5), id="read-after-write-delay"),
+    ],
+)
+def test_what_comes_broken_is_fetched_again(
+    store: Store, proxy: Proxy, folder: Path, fault: Callable[[], Fault]
+) -> None:
+    proxy.fault = fault()
+    ref = store.put_folder(folder)
+    assert same(store.get(ref), folder)
+    proxy.fault = none
+    assert sound(store)
+
+
+def test_an_outage_of_seconds_costs_nothing(store: Store, proxy: Proxy, folder: Path) -> None:
+    proxy.refuse_for(4)
+    there_and_back(store, folder)
+    assert sound(store)
+
+
+def test_a_minute_is_within_its_patience() -> None:
+    retries, waits = PATIENT, 0.0
+    for _ in range(int(PATIENT.total or 0)):
+        retries = retries.increment("GET", "/", error=NewConnectionError(HTTPConnection("s3"), "refused"))
+        waits += retries.get_backoff_time()
+    assert 60 < waits < 180
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ((400, "ExpiredToken"), "S3 keys that may use this bucket, got ExpiredToken"),
+        ((403, "AccessDenied"), "S3 keys that may use this bucket, got AccessDenied"),
+        ((507, "XMinioStorageFull"), "expected room in the bucket, got XMinioStorageFull"),
+        ((404, "NoSuchBucket"), "expected the bucket 'spin', got none"),
+        ((418, "Teapot"), "got Teapot"),
+    ],
+)
+def test_what_stays_is_one_line_and_nothing_is_half_there(
+    store: Store, proxy: Proxy, folder: Path, answer: tuple[int, str], words: str
+) -> None:
+    # The first file arrives, the second does not.
+    proxy.fault = after(1, says(*answer), "PUT")
+    assert words in refusal(lambda: store.put_folder(folder))
+    proxy.fault = none
+    assert sound(store)
+    there_and_back(store, folder)
+
+
+def test_a_damaged_object_stays_refused(
+    store: Store, proxy: Proxy, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ref = store.put_folder(folder)
+    monkeypatch.setattr("spin.store.ARRIVALS", (0.01,))
+    for fault, words in ((flip, "damaged"), (cut, "expected an S3 server, got"), (Hidden(0), "")):
+        proxy.fault = fault
+        if words:
+            assert words in refusal(lambda: store.get(ref))
+            assert not list((tmp_path / "cache").glob("*/*"))
+    assert same(store.get(ref), folder)
+
+
+def test_damage_on_the_way_up_is_found_at_once(store: Store, proxy: Proxy, folder: Path) -> None:
+    proxy.fault = first(1, flip_upload, "PUT")
+    there_and_back(store, folder)
+    proxy.fault = none
+    assert sound(store)
+
+
+def test_damage_on_the_way_up_that_stays_is_refused(
+    store: Store, proxy: Proxy, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spin.store.ARRIVALS", (0.01,))
+    proxy.fault = flip_upload
+    assert "to arrive whole, got another digest" in refusal(lambda: store.put_folder(folder))
+    proxy.fault = none
+    assert sound(store), "a folder without a listing is no folder"
+
+
+@pytest.mark.parametrize("size", [0, 7, 5 * 2**20, 5 * 2**20 + 1, 11 * 2**20])
+def test_tags_are_those_of_the_server(
+    store: Store, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Nothing whole is read back to be sure; files in parts too."""
+    monkeypatch.setattr("spin.store.PART_BYTES", 5 * 2**20)
+    (tmp_path / "file").write_bytes(bytes(size))
+    store.put_file(tmp_path / "file")
+    assert "GET" not in {request.method for request in proxy.seen[1:]}
