@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -467,7 +467,10 @@ class Registry:
 
         same = {key: card.tags[key] for key in (RUN_KEY, ITERATION, DIGEST)}
         if known := self.find(name, same):
-            return known
+            # It may have been scored anew since.
+            changed = {key: value for key, value in card.tags.items() if known.tags.get(key) != value}
+            self.tag(name, known.number, changed)
+            return replace(known, tags={**known.tags, **changed})
         with self._errors(), _patiently():
             try:
                 self._client.create_registered_model(name)

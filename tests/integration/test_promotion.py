@@ -82,9 +82,10 @@ def test_a_challenger_is_judged_against_the_champion(registered: Registered) -> 
 
 @pytest.mark.parametrize("tag", ["spin.scored", "spin.scores_digest"])
 def test_a_champion_judged_otherwise_or_elsewhere_cannot_be_compared(registered: Registered, tag: str) -> None:
-    challenger = registered.register(OPEN).facts["version"]
-    rival = "2" if challenger == "1" else "1"
-    promote(registered.uri, registered.name, "elsewhere", rival)
+    other = f"{registered.name[:50]}-other"
+    registered.world.copy("played", other)
+    rival = register(registered.world.place(other, registered.uri), registered.name, 2, OPEN).facts["version"]
+    promote(registered.uri, registered.name, "of another run", rival)
     registered.client.set_model_version_tag(registered.name, rival, tag, "0" * 64)
     index = registered.register(OPEN | {"promote": "automatic"})
     assert index.facts["gate"]["outcome"] == "incomparable"
