@@ -37,6 +37,7 @@ def spin_diffusion(
     overrides: dict = {},  # noqa: B006
     generate_shards: int = 2,
     model_name: str = "spin-diffusion",
+    gate: dict = {},  # noqa: B006
     experiment: str = "spin-diffusion",
     store_uri: str = "s3://spin",
     store_endpoint: str = "http://seaweedfs.kubeflow:8333",
@@ -61,6 +62,8 @@ def spin_diffusion(
         overrides: Options laid over the preset, nested by stage, e.g. {"train": {"beta": [3000]}}.
         generate_shards: Pods that draw the opponent's images side by side.
         model_name: Name of the registered model in MLflow.
+        gate: When the challenger may become champion, e.g. {"better": {"clip_score": 0.5}, "promote": "automatic"}.
+            Empty: it must surely be better than the champion (or the base), and is then recommended.
         experiment: MLflow experiment.
         store_uri: Bucket and prefix of the run's objects, s3://bucket/prefix.
         store_endpoint: Address of the S3 server, e.g. MinIO or SeaweedFS.
@@ -87,13 +90,14 @@ def spin_diffusion(
         "base_model": base_model,
         "data_source": data_source,
         "overrides": overrides,
+        "gate": gate,
     }
     key, base = prepare_and_score_base(options, where, pool, secrets)
 
     played = self_play(run_key=key, iterations=iterations, shards=generate_shards, **where, **pool, **secrets)
     played.after(base)
 
-    registered = register_model(run_key=key, iterations=iterations, model_name=model_name, **where)
+    registered = register_model(run_key=key, iterations=iterations, model_name=model_name, gate=gate, **where)
     registered.after(played).set_display_name("Register model")
     with_secrets(with_retries(place_on_cpu(registered, cpu="1", memory="4Gi")), **secrets)
 

@@ -238,6 +238,11 @@ def _part(folder: Path, kind: Any) -> Any:
     return complete(kind.from_pretrained(folder, **options, **{precision: torch.float32}))
 
 
+def scheduler_config(folder: Path) -> dict[str, Any]:
+    """Return the noise schedule of a pipeline folder."""
+    return _json_object(folder / "scheduler" / "scheduler_config.json")
+
+
 def load(folder: Path, device: torch.device | None = None) -> Model:
     """Load a checked pipeline folder in float32, frozen, in evaluation mode."""
     check(folder)
@@ -256,7 +261,7 @@ def load(folder: Path, device: torch.device | None = None) -> Model:
         parts[family.denoiser],
         parts["vae"],
         family.assemble(index, parts),
-        _json_object(folder / "scheduler" / "scheduler_config.json"),
+        scheduler_config(folder),
     )
 
 

@@ -12,6 +12,15 @@ from spin.diffusion import is_flow
 from spin.families import Conditioning, latents_per_step
 from spin.models import Model
 
+DPM_SOLVER = {
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "final_sigmas_type": "zero",
+    "thresholding": False,
+}
+"""What DPM-Solver++ is asked for beside the model's own noise schedule."""
+
 
 def autocast(device: torch.device, precision: str) -> Any:
     """Return the context in which a denoiser computes; weights stay float32."""
@@ -34,14 +43,7 @@ def solver(model: Model, steps: int, side: int) -> Any:
     """
     scheduler: Any
     if not is_flow(model.scheduler_config):
-        scheduler = DPMSolverMultistepScheduler.from_config(
-            model.scheduler_config,
-            algorithm_type="dpmsolver++",
-            solver_order=2,
-            solver_type="midpoint",
-            final_sigmas_type="zero",
-            thresholding=False,
-        )
+        scheduler = DPMSolverMultistepScheduler.from_config(model.scheduler_config, **DPM_SOLVER)
         scheduler.set_timesteps(steps, device=model.device)
         return scheduler
     # Noise that the solver draws itself would not be the prompt's own.

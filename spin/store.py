@@ -283,22 +283,41 @@ class Store:
             if ref.kind == "file":
                 self._fetch(f"objects/{ref.digest}", part, ref.digest)
             else:
-                listing: dict[str, Any] = {}
-
-                def fault() -> str:
-                    nonlocal listing
-                    listing = self.read_json(f"folders/{ref.digest}.json")
-                    whole = listing is not None and digest_of(listing) == ref.digest
-                    return (
-                        "" if whole else f"expected the listing of {ref.uri}, got none or another; the store is damaged"
-                    )
-
-                self._until_whole(fault)
-                for path, entry in listing.items():
+                for path, entry in self._listing(ref).items():
                     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
                         raise SpinError(f"expected plain paths in {ref.uri}, got {path!r}; the store is damaged")
                     self._fetch(f"folders/{ref.digest}/{path}", part / path, entry["digest"])
         return target
+
+    def part(self, ref: Ref, path: str) -> Path:
+        """Return the local path of one file of a folder, verified; the folder itself is not fetched.
+
+        Raises:
+            SpinError: as ``get``; or the folder has no such file.
+        """
+        whole = _cache() / "folders" / ref.digest / path
+        if whole.exists():
+            return whole
+        entry = self._listing(ref).get(path)
+        if entry is None:
+            raise SpinError(f"expected {path} in {ref.uri}, got none; the store is damaged")
+        target = _cache() / "files" / entry["digest"]
+        if not target.exists():
+            with _arriving(target) as part:
+                self._fetch(f"folders/{ref.digest}/{path}", part, entry["digest"])
+        return target
+
+    def _listing(self, ref: Ref) -> dict[str, dict[str, Any]]:
+        listing: dict[str, dict[str, Any]] = {}
+
+        def fault() -> str:
+            nonlocal listing
+            listing = self.read_json(f"folders/{ref.digest}.json")
+            whole = listing is not None and digest_of(listing) == ref.digest
+            return "" if whole else f"expected the listing of {ref.uri}, got none or another; the store is damaged"
+
+        self._until_whole(fault)
+        return listing
 
     def download(self, uri: str) -> Path:
         """Return the local path of any file or folder of this server, ``s3://bucket/path``: a user's data or model.

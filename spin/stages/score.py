@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-from spin import report, tracking
+from spin import page, tracking
 from spin.run import Clock, Index, iteration_stage, whole_iteration
 from spin.stages import Place, logger
-from spin.stages.train import verdict_of
 
 
 @dataclass(frozen=True)
@@ -42,16 +41,15 @@ def score(place: Place, iteration: int) -> Scored:
     asked = prepared.outputs.get("prompts")
     if asked:
         inputs["prompts"] = asked.digest
-    if index := run.find(stage, inputs):
-        logger.info("iteration %d: scores complete", iteration)
-    else:
-        from spin.scoring import score_player
-
-        index = score_player(run, config, iteration, stage, player, dataset, asked, earlier, inputs, clock)
-    rows, verdicts = [*earlier, index], [verdict_of(stage) for stage in trained]
-    sheet = run.store.get(index.outputs["sheet"])
-    result = Scored(index, report.html(run.key, rows, verdicts, sheet), report.markdown(run.key, rows, verdicts))
     with tracking.stage(place, stage, iteration) as log:
-        log.report(result.html, sheet, iteration)
+        if index := run.find(stage, inputs):
+            logger.info("iteration %d: scores complete", iteration)
+        else:
+            from spin.scoring import score_player
+
+            index = score_player(run, config, iteration, stage, player, dataset, asked, earlier, inputs, clock)
+        pages = page.build(run, iteration)
+        log.report(pages.html, {"contact_sheet": run.store.get(index.outputs["sheet"]), **pages.pictures}, iteration)
+        log.table(run.store.get(index.outputs["scores"]), "scores")
         log.index(index)
-    return result
+    return Scored(index, pages.html, pages.markdown)

@@ -257,7 +257,7 @@ def test_reports_of_a_rerun_are_the_same(world: World, played: Played) -> None:
     one, other = (score(world.place(played.place.run_key), 2) for _ in range(2))
     assert (one.html, one.markdown) == (other.html, other.markdown)
     assert one.markdown.count("| iteration") == 2
-    assert "data:image/png;base64," in one.html
+    assert "data:image/webp;base64," in one.html
 
 
 def test_other_inputs_compute_again(world: World, played: Played) -> None:
