@@ -7,7 +7,9 @@ from kfp import dsl
 from components.continue_play.component import continue_play
 from components.generate_synthetic.component import generate_synthetic
 from components.plan.component import plan
+from components.preflight.component import preflight
 from components.prepare_data.component import prepare_data
+from components.require_preflight.component import require_preflight
 from components.score_metrics.component import score_metrics
 from components.spin_train.component import spin_train
 from pipelines.placement import place_on_cpu, place_on_gpu, with_retries, with_secrets, with_store
@@ -16,7 +18,7 @@ from pipelines.placement import place_on_cpu, place_on_gpu, with_retries, with_s
 def prepare_and_score_base(
     options: dict[str, Any], where: dict[str, Any], pool: dict[str, Any], secrets: dict[str, Any]
 ) -> tuple[Any, dsl.PipelineTask]:
-    """Add the first two tasks of a pipeline; return the run's key and the task that ends them.
+    """Add the first tasks of a pipeline; return the run's key and the task that ends them.
 
     Args:
         options: prepare-data's own arguments.
@@ -24,8 +26,15 @@ def prepare_and_score_base(
         pool: gpu_count, gpu_node_selector and gpu_tolerations.
         secrets: store_secret and tracking_secret.
     """
+    planned = {name: value for name, value in options.items() if name != "run_key"}
+    servers = {name: value for name, value in where.items() if name != "experiment"}
+    checked = preflight(**planned, **servers, **pool).set_display_name("Preflight")
+    with_secrets(place_on_cpu(checked, cpu="1", memory="4Gi"), **secrets)
+    passed = place_on_cpu(require_preflight(faults=checked.outputs["Output"]), cpu="100m", memory="1Gi")
+    passed.set_display_name("Require preflight")
+
     prepared = prepare_data(job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER, **options, **where)
-    prepared.set_display_name("Prepare data")
+    prepared.after(passed).set_display_name("Prepare data")
     with_secrets(place_on_gpu(prepared, "4", "32Gi", *pool.values()), **secrets)
     key = prepared.outputs["key"]
     base = score_metrics(run_key=key, iteration=0, accelerators=pool["gpu_count"], **where)

@@ -14,6 +14,8 @@ NONE = ("", "", "", "")
 # task: cpu request, memory request, memory limit, (accelerator, node selector, tolerations, shared memory), retries,
 # secrets. No task has a CPU limit, is cached or has an environment of its own.
 TABLE = {
+    "Preflight": ("1", "4Gi", "4Gi", NONE, 0, {STORE, TRACKING}),
+    "Require preflight": ("100m", "1Gi", "1Gi", NONE, 0, set()),
     "Prepare data": ("4", "32Gi", "32Gi", GPU, 0, {STORE, TRACKING}),
     "Score base": ("4", "32Gi", "32Gi", GPU, 3, {STORE, TRACKING}),
     "Plan iterations": ("100m", "256Mi", "256Mi", NONE, 0, set()),
