@@ -26,9 +26,8 @@ def prepare_and_score_base(
         pool: gpu_count, gpu_node_selector and gpu_tolerations.
         secrets: store_secret and tracking_secret.
     """
-    planned = {name: value for name, value in options.items() if name != "run_key"}
     servers = {name: value for name, value in where.items() if name != "experiment"}
-    checked = preflight(**planned, **servers, **pool).set_display_name("Preflight")
+    checked = preflight(**options, **servers, **pool).set_display_name("Preflight")
     with_secrets(place_on_cpu(checked, cpu="1", memory="4Gi"), **secrets)
     passed = place_on_cpu(require_preflight(faults=checked.outputs["Output"]), cpu="100m", memory="1Gi")
     passed.set_display_name("Require preflight")

@@ -53,6 +53,7 @@ def _tolerations(value: str) -> list[dict[str, str]]:
 def preflight(
     store_uri: StoreUri,
     store_endpoint: StoreEndpoint,
+    run_key: Annotated[str, typer.Option(help="Name of the run, where it is to be resumed.")] = "preflight",
     tracking_uri: TrackingUri = "",
     preset: Annotated[str, typer.Option(help="emoji-cpu, sd15-paper or sd15-lora.")] = "emoji-cpu",
     base_model: Annotated[str, typer.Option(help="Diffusers folder or hub name; empty: the preset's.")] = "",
@@ -68,7 +69,7 @@ def preflight(
     from spin.preflight import refuse
     from spin.stages import Place
 
-    place = Place("preflight", store_uri, store_endpoint, tracking_uri)
+    place = Place(run_key, store_uri, store_endpoint, tracking_uri)
     options = (preset, base_model, data_source, _overrides(overrides), iterations)
     report = check(place, *options, gpu_count, _overrides(gpu_node_selector), _tolerations(gpu_tolerations))
     typer.echo(report.markdown)

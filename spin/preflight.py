@@ -16,8 +16,8 @@ from spin.cluster import ACCELERATOR, Need
 from spin.config import RunConfig
 from spin.errors import SpinError
 from spin.presets import resolve
-from spin.run import whole_iteration
-from spin.stages import Place, logger
+from spin.run import Run, whole_iteration
+from spin.stages import Place
 from spin.store import Store
 
 Verdict = Literal["ok", "failed", "skipped"]
@@ -112,7 +112,6 @@ def preflight(
             checks.append(Check(name, "failed", found or do, do if found else ""))
         except _Skip as skip:
             checks.append(Check(name, "skipped", str(skip)))
-        logger.info("preflight: %s: %s %s", name, checks[-1].verdict, checks[-1].found)
         return checks[-1].verdict == "ok"
 
     config: RunConfig | None = None
@@ -130,8 +129,19 @@ def preflight(
     if config:
         plan = config
         store = opened[0] if opened else None
-        check("base model", lambda: _base(plan.base_model, store))
-        check("data", lambda: _data(plan, store))
+        prepared = False
+
+        def run() -> str:
+            nonlocal prepared
+            if store is None:
+                raise _Skip("S3 is out of reach")
+            # A prepared run has its base model and data in the store, wherever they came from.
+            prepared = Run(store, place.run_key).find("prepare") is not None
+            return f"{place.run_key}: {'prepared, will go on' if prepared else 'new'}"
+
+        check("run key", run)
+        check("base model", lambda: _base(plan.base_model, store, prepared))
+        check("data", lambda: _data(plan, store, prepared))
         check("scorer", lambda: _scorer(plan.score.clip_model))
         check("size of the run", lambda: _size(plan, int(iterations), int(gpu_count)))
         scratch = _scratch_bytes(plan, store)
@@ -182,9 +192,11 @@ def _mlflow(place: Place) -> str:
     return f"{version} at {place.tracking_uri}"
 
 
-def _base(name: str, store: Store | None) -> str:
+def _base(name: str, store: Store | None, prepared: bool) -> str:
     from spin import models
 
+    if prepared:
+        raise _Skip("the run is prepared")
     if not name.startswith("s3://"):
         if name == "emoji" or Path(name).exists():
             folder = models.find(name)
@@ -207,9 +219,11 @@ def _base(name: str, store: Store | None) -> str:
     return f"{name}: {family.pipeline.__name__}, {sum(sizes.values()) / GIB:.1f} GiB"
 
 
-def _data(config: RunConfig, store: Store | None) -> str:
+def _data(config: RunConfig, store: Store | None, prepared: bool) -> str:
     from spin.data.sources import Rejection, Row, read
 
+    if prepared:
+        raise _Skip("the run is prepared")
     source = config.data.source
     if source == "emoji":
         return "emoji, in the package"

@@ -7,6 +7,7 @@ from components.settings import RUNTIME_IMAGE
 
 @dsl.component(base_image=RUNTIME_IMAGE, install_kfp_package=False)
 def preflight(
+    run_key: str,
     preset: str,
     base_model: str,
     data_source: str,
@@ -25,6 +26,7 @@ def preflight(
     The table of a task that fails is not shown, so this one does not.
 
     Args:
+        run_key: Name of the run in the store; empty: a new one.
         preset: emoji-cpu, sd15-paper or sd15-lora.
         base_model: Diffusers folder (also s3://) or hub name; empty: the preset's.
         data_source: Folder, .tar or .parquet (also s3://), or hf:NAME; empty: the preset's.
@@ -43,8 +45,9 @@ def preflight(
     from spin.preflight import preflight
     from spin.stages import Place
 
-    place = Place("preflight", store_uri, store_endpoint, tracking_uri)
+    place = Place(run_key or "preflight", store_uri, store_endpoint, tracking_uri)
     pool = (gpu_count, gpu_node_selector, gpu_tolerations)
     report = preflight(place, preset, base_model, data_source, overrides, iterations, *pool)
+    print(report.markdown)
     Path(table.path).write_text(report.markdown)
     return report.faults

@@ -15,6 +15,7 @@ from spin.__main__ import app
 from spin.errors import SpinError
 from spin.preflight import Check, Report, preflight, refuse
 from tests import tiny
+from tests.integration.conftest import Played
 from tests.integration.world import World
 from tests.kubernetes_api import A100, TAINT, api_server, node, quota
 
@@ -64,7 +65,7 @@ def test_a_good_set_up(world: World, check: Callable[..., Report]) -> None:
     verdicts = {line.name: line.verdict for line in report.checks}
     assert verdicts.pop("disk") == "skipped"
     assert set(verdicts.values()) == {"ok"}, report.markdown
-    assert len(verdicts) == 10
+    assert len(verdicts) == 11
     assert report.faults == ""
     refuse(report.faults)
     assert report.markdown.startswith("# Preflight: ready\n")
@@ -162,6 +163,13 @@ def test_a_base_model_on_s3(world: World, check: Callable[..., Report]) -> None:
     assert "pickle s3://spin/models/tiny/unet/weights.bin" in only(
         check(gpu_count=0, base_model="s3://spin/models/tiny"), "base model"
     )
+
+
+def test_a_prepared_run_needs_its_sources_no_more(world: World, played: Played) -> None:
+    options = ("emoji-cpu", "/gone/base", "/gone/images", tiny.overrides(world.judge))
+
+    assert failed(preflight(played.place, *options)) == {}
+    assert set(failed(preflight(world.place("new"), *options))) == {"base model", "data"}
 
 
 def test_data_without_captions(world: World, check: Callable[..., Report], tmp_path: Path) -> None:
