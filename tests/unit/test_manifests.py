@@ -64,7 +64,7 @@ def test_there_is_an_overlay_for_each_place() -> None:
 
 def test_it_renders_as_expected(overlay: str, text: str) -> None:
     golden = GOLDEN / f"manifests-{overlay}.yaml"
-    assert text == golden.read_text(), f"if wanted: kubectl kustomize manifests/overlays/{overlay} > {golden}"
+    assert text == golden.read_text(), "if that is what you want: make manifests"
 
 
 def test_every_object_is_valid(objects: list[policy.Object]) -> None:
