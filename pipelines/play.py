@@ -16,7 +16,7 @@ from pipelines.placement import place_on_cpu, place_on_gpu, with_retries, with_s
 
 
 def prepare_and_score_base(
-    options: dict[str, Any], where: dict[str, Any], pool: dict[str, Any], secrets: dict[str, Any]
+    options: dict[str, Any], where: dict[str, Any], pool: dict[str, Any], secrets: dict[str, Any], score_secret: Any
 ) -> tuple[Any, dsl.PipelineTask]:
     """Add the first tasks of a pipeline; return the run's key and the task that ends them.
 
@@ -25,6 +25,7 @@ def prepare_and_score_base(
         where: store_uri, store_endpoint, tracking_uri and experiment.
         pool: gpu_count, gpu_node_selector and gpu_tolerations.
         secrets: store_secret and tracking_secret.
+        score_secret: what the scoring task has in store_secret's place.
     """
     servers = {name: value for name, value in where.items() if name != "experiment"}
     checked = preflight(**options, **servers, **pool).set_display_name("Preflight")
@@ -38,7 +39,9 @@ def prepare_and_score_base(
     key = prepared.outputs["key"]
     base = score_metrics(run_key=key, iteration=0, accelerators=pool["gpu_count"], **where)
     base.set_display_name("Score base")
-    with_secrets(with_retries(place_on_gpu(base, "4", "32Gi", *pool.values())), **secrets)
+    with_secrets(
+        with_retries(place_on_gpu(base, "4", "32Gi", *pool.values())), score_secret, secrets["tracking_secret"]
+    )
     return key, base
 
 
@@ -50,6 +53,7 @@ def spin_iteration(
     store_uri: str,
     store_endpoint: str,
     store_secret: str,
+    score_secret: str,
     tracking_uri: str,
     tracking_secret: str,
     experiment: str,
@@ -68,8 +72,8 @@ def spin_iteration(
         "accelerators": gpu_count,
     }
 
-    def on_gpu(task: dsl.PipelineTask, cpu: str, memory: str) -> dsl.PipelineTask:
-        with_secrets(with_retries(task), store_secret, tracking_secret)
+    def on_gpu(task: dsl.PipelineTask, cpu: str, memory: str, keys: Any = store_secret) -> dsl.PipelineTask:
+        with_secrets(with_retries(task), keys, tracking_secret)
         return place_on_gpu(task, cpu, memory, gpu_count, gpu_node_selector, gpu_tolerations)
 
     numbers = place_on_cpu(plan(count=shards, first=0), cpu="100m", memory="256Mi").set_display_name("Plan shards")
@@ -79,7 +83,8 @@ def spin_iteration(
     trained = on_gpu(
         spin_train(shards=shards, losers=dsl.Collected(drawn.outputs["losers"]), **place), cpu="8", memory="64Gi"
     ).set_display_name("Train player")
-    on_gpu(score_metrics(**place), cpu="4", memory="32Gi").after(trained).set_display_name("Score player")
+    scored = on_gpu(score_metrics(**place), cpu="4", memory="32Gi", keys=score_secret)
+    scored.after(trained).set_display_name("Score player")
 
 
 @dsl.pipeline(name="self-play", display_name="Self-play")
@@ -90,6 +95,7 @@ def self_play(
     store_uri: str,
     store_endpoint: str,
     store_secret: str,
+    score_secret: str,
     tracking_uri: str,
     tracking_secret: str,
     experiment: str,
@@ -122,6 +128,7 @@ def self_play(
                 iteration=iteration,
                 shards=shards,
                 store_secret=store_secret,
+                score_secret=score_secret,
                 tracking_secret=tracking_secret,
                 gpu_count=gpu_count,
                 gpu_node_selector=gpu_node_selector,
