@@ -129,10 +129,14 @@ def torch_index(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         if subprocess.run(command, capture_output=True).returncode:
             pytest.skip(f"{TORCH_INDEX} is out of reach, and pip finds no {wanted} elsewhere")
         handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
-        # Always the same port: the address is part of what a built layer is found again by.
-        with ThreadingHTTPServer(("127.0.0.1", 18099), handler) as server:
+        try:
+            # Always the same port: the address is part of what a built layer is found again by.
+            server = ThreadingHTTPServer(("127.0.0.1", 18099), handler)
+        except OSError:
+            server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        with server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
-            yield "http://127.0.0.1:18099/"
+            yield f"http://127.0.0.1:{server.server_port}/"
             server.shutdown()
     else:
         yield TORCH_INDEX
