@@ -42,6 +42,7 @@ def spin_diffusion(
     store_uri: str = "s3://spin",
     store_endpoint: str = "http://seaweedfs.kubeflow:8333",
     store_secret: str = "spin-s3",
+    score_secret: str = "spin-s3",
     tracking_uri: str = "http://mlflow.mlflow:5000",
     tracking_secret: str = "spin-mlflow",
     gpu_count: int = 1,
@@ -68,6 +69,7 @@ def spin_diffusion(
         store_uri: Bucket and prefix of the run's objects, s3://bucket/prefix.
         store_endpoint: Address of the S3 server, e.g. MinIO or SeaweedFS.
         store_secret: Kubernetes secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
+        score_secret: The same for tasks that score; theirs need not be able to write models.
         tracking_uri: Address of the MLflow server. Empty: no tracking and no registration.
         tracking_secret: Kubernetes secret with MLFLOW_TRACKING_USERNAME and _PASSWORD; may be absent.
         gpu_count: Accelerators (nvidia.com/gpu) per generating, training and scoring pod; 0 runs on the CPU.
@@ -92,9 +94,17 @@ def spin_diffusion(
         "overrides": overrides,
         "gate": gate,
     }
-    key, base = prepare_and_score_base(options, where, pool, secrets)
+    key, base = prepare_and_score_base(options, where, pool, secrets, score_secret)
 
-    played = self_play(run_key=key, iterations=iterations, shards=generate_shards, **where, **pool, **secrets)
+    played = self_play(
+        run_key=key,
+        iterations=iterations,
+        shards=generate_shards,
+        **where,
+        **pool,
+        **secrets,
+        score_secret=score_secret,
+    )
     played.after(base)
 
     registered = register_model(run_key=key, iterations=iterations, model_name=model_name, gate=gate, **where)

@@ -1,8 +1,8 @@
-"""Command line: the pipeline's stages without KFP, and promotion; ``python -m spin --help`` lists them."""
+"""Command line: preflight, the pipeline's stages without KFP, promotion; ``python -m spin --help`` lists them."""
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -30,7 +30,7 @@ Iteration = Annotated[int, typer.Option(help="Self-play iteration, from 1.")]
 Shards = Annotated[int, typer.Option(help="Number of shards that the losers are drawn in.")]
 
 
-def _overrides(value: str) -> dict[str, object]:
+def _overrides(value: str) -> dict[str, Any]:
     try:
         text = Path(value[1:]).read_text() if value.startswith("@") else value
         parsed = yaml.safe_load(text) or {}
@@ -41,6 +41,43 @@ def _overrides(value: str) -> dict[str, object]:
     if not isinstance(parsed, dict):
         raise SpinError(f"expected overrides as a mapping, got {value!r}; e.g. '{{train: {{beta: [3000]}}}}'")
     return parsed
+
+
+def _tolerations(value: str) -> list[dict[str, str]]:
+    try:
+        parsed = yaml.safe_load(value) or []
+    except yaml.YAMLError:
+        parsed = None
+    if not isinstance(parsed, list) or not all(isinstance(item, dict) for item in parsed):
+        raise SpinError(f"expected tolerations as a list of mappings, got {value!r}; e.g. '[{{operator: Exists}}]'")
+    return parsed
+
+
+@app.command()
+def preflight(
+    store_uri: StoreUri,
+    store_endpoint: StoreEndpoint,
+    run_key: Annotated[str, typer.Option(help="Name of the run, where it is to be resumed.")] = "preflight",
+    tracking_uri: TrackingUri = "",
+    preset: Annotated[str, typer.Option(help="emoji-cpu, sd15-paper or sd15-lora.")] = "emoji-cpu",
+    base_model: Annotated[str, typer.Option(help="Diffusers folder or hub name; empty: the preset's.")] = "",
+    data_source: Annotated[str, typer.Option(help="Folder, .tar, .parquet or hf:NAME; empty: the preset's.")] = "",
+    overrides: Annotated[str, typer.Option(help="Nested options as YAML or JSON, or @FILE.")] = "{}",
+    iterations: Annotated[int, typer.Option(help="Self-play iterations.")] = 1,
+    gpu_count: Annotated[int, typer.Option(help="Accelerators per pod; 0: none.")] = 0,
+    gpu_node_selector: Annotated[str, typer.Option(help="Labels of the nodes to use, as YAML or JSON.")] = "{}",
+    gpu_tolerations: Annotated[str, typer.Option(help="Taints to tolerate there, as YAML or JSON.")] = "[]",
+) -> None:
+    """Check a set-up before anything is computed; KUBECONFIG names the cluster that is looked at."""
+    from spin.preflight import preflight as check
+    from spin.preflight import refuse
+    from spin.stages import Place
+
+    place = Place(run_key, store_uri, store_endpoint, tracking_uri)
+    options = (preset, base_model, data_source, _overrides(overrides), iterations)
+    report = check(place, *options, gpu_count, _overrides(gpu_node_selector), _tolerations(gpu_tolerations))
+    typer.echo(report.markdown)
+    refuse(report.faults)
 
 
 @app.command()

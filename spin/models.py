@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -129,11 +130,10 @@ def find(name: str) -> Path:
     if "://" in name:
         raise SpinError(f"expected a model folder or hub name, got {name!r}; download the model and give its folder")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
-        # The index first: a model that cannot be played is refused before gigabytes arrive.
-        family, index = read_index(Path(snapshot_download(name, allow_patterns=["model_index.json"])))
+    # The index first: a model that cannot be played is refused before gigabytes arrive.
+    family, index = read_index(hub_index(name))
+    with _hub_errors(name):
         folders = [f"{part}/*" for part in (*family.parts_of(index), "scheduler")]
         # Half-precision and non-EMA twins would only double the download.
         twins = ["*.fp16*", "*.non_ema*", "*.msgpack", "*.onnx*"]
@@ -144,11 +144,27 @@ def find(name: str) -> Path:
                 ignore_patterns=[*(f"*{ending}" for ending in PICKLES), *twins],
             )
         )
+
+
+@contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        yield
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise SpinError(
             f"expected a model folder or hub name, got {name!r} ({type(error).__name__}); give an existing folder or "
             "check the name and the network"
         ) from None
+
+
+def hub_index(name: str) -> Path:
+    """Return a folder with nothing but the model_index.json of a hub model."""
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors(name):
+        return Path(snapshot_download(name, allow_patterns=["model_index.json"]))
 
 
 def _json_object(path: Path) -> dict[str, Any]:

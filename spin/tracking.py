@@ -69,6 +69,32 @@ def _client(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
+def server_version(uri: str) -> str:
+    """Return the version of the MLflow server, which answered a question that needs its database and its keys.
+
+    Raises:
+        SpinError: it is out of reach, does not accept its name in the Host header, or refuses these credentials.
+    """
+    client = _client(uri)
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    try:
+        client.search_experiments(max_results=1)
+        answer = http_request(get_default_host_creds(uri), "/version", "GET", timeout=10, max_retries=0)
+        return str(answer.text).strip()
+    except MlflowException as error:
+        said = str(error).splitlines()[0][:200]
+        if "Invalid Host header" in str(error):
+            do = "add the host and port of tracking_uri to the server's MLFLOW_SERVER_ALLOWED_HOSTS"
+        elif "401" in said or "403" in said or "authenti" in said.lower():
+            do = "put MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD into the secret named by tracking_secret"
+        else:
+            do = "check tracking_uri, the server and the network"
+        raise SpinError(f"expected an answer from MLflow at {uri}, got {said}; {do}") from None
+
+
 def _experiment(client: Any, name: str) -> str:
     from mlflow.exceptions import MlflowException
 

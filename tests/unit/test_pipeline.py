@@ -141,7 +141,7 @@ def test_the_form(parameters: dict[str, Spec]) -> None:
 def test_no_parameter_holds_a_credential(parameters: dict[str, Spec]) -> None:
     secrets = {name for name in parameters if name.endswith("_secret")}
 
-    assert secrets == {"store_secret", "tracking_secret"}
+    assert secrets == {"store_secret", "score_secret", "tracking_secret"}
     for name in secrets:
         assert re.fullmatch(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?", parameters[name]["defaultValue"]), name
     for name in set(parameters) - secrets:
@@ -172,6 +172,8 @@ def test_secrets_reach_tasks_by_name_only(package: Path) -> None:
     assert found == {
         ("store_secret", "AWS_ACCESS_KEY_ID", False),
         ("store_secret", "AWS_SECRET_ACCESS_KEY", False),
+        ("score_secret", "AWS_ACCESS_KEY_ID", False),
+        ("score_secret", "AWS_SECRET_ACCESS_KEY", False),
         ("tracking_secret", "MLFLOW_TRACKING_USERNAME", True),
         ("tracking_secret", "MLFLOW_TRACKING_PASSWORD", True),
     }
