@@ -16,7 +16,12 @@ from pipelines.placement import place_on_cpu, place_on_gpu, with_retries, with_s
 
 
 def prepare_and_score_base(
-    options: dict[str, Any], where: dict[str, Any], pool: dict[str, Any], secrets: dict[str, Any], score_secret: Any
+    options: dict[str, Any],
+    where: dict[str, Any],
+    pool: dict[str, Any],
+    secrets: dict[str, Any],
+    score_secret: Any,
+    **checked_alone: Any,
 ) -> tuple[Any, dsl.PipelineTask]:
     """Add the first tasks of a pipeline; return the run's key and the task that ends them.
 
@@ -25,10 +30,11 @@ def prepare_and_score_base(
         where: store_uri, store_endpoint, tracking_uri and experiment.
         pool: gpu_count, gpu_node_selector and gpu_tolerations.
         secrets: store_secret and tracking_secret.
+        checked_alone: what preflight looks at beside these.
         score_secret: what the scoring task has in store_secret's place.
     """
     servers = {name: value for name, value in where.items() if name != "experiment"}
-    checked = preflight(**options, **servers, **pool).set_display_name("Preflight")
+    checked = preflight(**options, **checked_alone, **servers, **pool).set_display_name("Preflight")
     with_secrets(place_on_cpu(checked, cpu="1", memory="4Gi"), **secrets)
     passed = place_on_cpu(require_preflight(faults=checked.outputs["Output"]), cpu="100m", memory="1Gi")
     passed.set_display_name("Require preflight")

@@ -92,9 +92,8 @@ def spin_diffusion(
         "base_model": base_model,
         "data_source": data_source,
         "overrides": overrides,
-        "gate": gate,
     }
-    key, base = prepare_and_score_base(options, where, pool, secrets, score_secret)
+    key, base = prepare_and_score_base(options, where, pool, secrets, score_secret, gate=gate)
 
     played = self_play(
         run_key=key,

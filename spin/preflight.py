@@ -15,6 +15,7 @@ from spin.budget import passes
 from spin.cluster import ACCELERATOR, Need
 from spin.config import RunConfig
 from spin.errors import SpinError
+from spin.gate import policy
 from spin.presets import resolve
 from spin.run import Run, whole_iteration
 from spin.stages import Place
@@ -96,11 +97,13 @@ def preflight(
     gpu_tolerations: Sequence[Mapping[str, str]] = (),
     cpu: float = 8,
     memory: float = 64 * GIB,
+    gate: Mapping[str, Any] | None = None,
 ) -> Report:
     """Return what is in order and what is not; nothing is left behind, in the store or elsewhere.
 
     Args:
         cpu, memory: Cores and bytes that the largest pod of the run asks for.
+        gate: Options of the gate that register-model judges by.
     """
     checks: list[Check] = []
 
@@ -119,6 +122,7 @@ def preflight(
     def options() -> str:
         nonlocal config
         config = resolve(preset, base_model, data_source, overrides or {})
+        policy(dict(gate or {}))
         return f"{preset}, {config.train.objective}, {whole_iteration(iterations, 1)} iteration(s)"
 
     check("options", options)

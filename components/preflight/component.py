@@ -20,6 +20,7 @@ def preflight(
     store_endpoint: str,
     tracking_uri: str,
     table: dsl.Output[dsl.Markdown],
+    gate: dict = {},  # noqa: B006
 ) -> str:
     """Write every check into a table; return the failed ones, which the next task refuses.
 
@@ -38,6 +39,7 @@ def preflight(
         store_uri: s3://bucket/prefix of runs and objects.
         store_endpoint: Address of the S3 server.
         tracking_uri: Address of the MLflow server.
+        gate: Options of register-model's gate.
         table: Every check, what was found, and what to do.
     """
     from pathlib import Path
@@ -47,7 +49,7 @@ def preflight(
 
     place = Place(run_key or "preflight", store_uri, store_endpoint, tracking_uri)
     pool = (gpu_count, gpu_node_selector, gpu_tolerations)
-    report = preflight(place, preset, base_model, data_source, overrides, iterations, *pool)
+    report = preflight(place, preset, base_model, data_source, overrides, iterations, *pool, gate=gate)
     print(report.markdown)
     Path(table.path).write_text(report.markdown)
     return report.faults

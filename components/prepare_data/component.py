@@ -21,7 +21,6 @@ def prepare_data(
     dataset: dsl.Output[dsl.Dataset],
     base: dsl.Output[dsl.Model],
     key: dsl.OutputPath(str),
-    gate: dict = {},  # noqa: B006
 ):
     """Check everything that can be checked, then turn real images into latents.
 
@@ -39,7 +38,6 @@ def prepare_data(
         experiment: MLflow experiment.
         dataset: The data set's index.
         base: The base model's index.
-        gate: Options of register-model's gate; only checked.
         key: The run key. Not the return value: outputs called "Output" are mixed up by loops in kfp.local.
     """
     import os
@@ -50,7 +48,7 @@ def prepare_data(
 
     os.environ["KFP_RUN_ID"] = job_id
     place = Place(run_key or f"run-{job_id}", store_uri, store_endpoint, tracking_uri, experiment)
-    index = prepare(place, preset, base_model, data_source, overrides, iterations, gate)
+    index = prepare(place, preset, base_model, data_source, overrides, iterations)
     for artifact, name in ((dataset, "dataset"), (base, "base")):
         artifact.metadata.update(index.outputs[name].model_dump())
         Path(artifact.path).write_text(index.model_dump_json())

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from spin import tracking
 from spin.config import RunConfig
 from spin.errors import SpinError
-from spin.gate import policy
 from spin.presets import resolve
 from spin.run import Clock, Index, Run, producer, whole_iteration
 from spin.stages import Place, logger
@@ -29,11 +28,10 @@ def prepare(
     data_source: str = "",
     overrides: dict[str, Any] | None = None,
     iterations: int = 1,
-    gate: dict[str, Any] | None = None,
 ) -> Index:
     """Begin the run and store its base model and data set.
 
-    ``iterations`` and ``gate`` are only checked: a run may go on with a higher number later, and another policy.
+    ``iterations`` is only checked: a run may go on with a higher number later.
 
     Returns:
         The index: outputs ``dataset`` and ``base``, facts with counts of rows and rejections.
@@ -42,7 +40,6 @@ def prepare(
         SpinError: anything about the options, the store, the base model or the images that would stop the run later.
     """
     config = resolve(preset, base_model, data_source, overrides or {})
-    policy(gate or {})
     if whole_iteration(iterations, 1) > 1 and config.train.objective == "dpo":
         raise SpinError(
             f"expected 1 iteration for train.objective dpo, got {iterations}; its reference stays the base model"
