@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo ui demo-clean experiment test faults lint compile clean
+.PHONY: help demo ui demo-clean experiment test faults test-docker lint compile images sbom manifests clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,24 @@ test: $(READY) ## Every test that needs no docker
 
 faults: $(READY) ## Kill whole pipelines 50 times, at other moments each time (an hour; SEED=1 repeats)
 	$(BIN)/python -m pytest tests/faults --kills 50 --runs 10 --seed $(or $(SEED),$(shell date +%s))
+
+test-docker: $(READY) ## The images, and the pipeline in containers; skipped without a docker daemon
+	@$(BIN)/python -m pytest -m docker -rs tests/containers
+
+images: ## Build the CUDA runtime image and the MLflow server image
+	docker buildx bake -f images/docker-bake.hcl
+
+sbom: ## Write a CycloneDX list of each image's Python packages to build/
+	@$(PYTHON) -m venv build/sbom && build/sbom/bin/pip install --quiet cyclonedx-bom==7.5.0
+	@for image in runtime-python mlflow; do \
+	  docker run --rm spin-diffusion/$$image:0.1.0 cat /opt/venv/packages.txt \
+	  | build/sbom/bin/cyclonedx-py requirements - --output-file build/$$image.cdx.json || exit; \
+	done
+
+manifests: $(READY) ## Render every overlay to tests/golden, where the tests expect it
+	@for overlay in $$(ls manifests/overlays); do \
+	  $(BIN)/kubectl kustomize manifests/overlays/$$overlay > tests/golden/manifests-$$overlay.yaml || exit; \
+	done
 
 lint: $(READY) ## Style and types
 	$(BIN)/ruff check .

@@ -61,7 +61,7 @@ def trainer_of(place: World, data: Dataset, precision: str, compiled: bool, **op
     given = {"beta": [BETA], "learning_rate": 2e-5, "warmup_steps": 0, "decay_steps": 0, "steps": [10_000], **options}
     config = TrainConfig.model_validate(given)
     losers = None if config.objective == "sft" else data.losers()
-    return Trainer(model, data, losers, config, 1, precision, None, compiled)
+    return Trainer(model, data, losers, config, 1, precision, compiled=compiled)
 
 
 class Plain:

@@ -28,6 +28,7 @@ def play_arms(
     store_uri: str,
     store_endpoint: str,
     store_secret: str,
+    score_secret: str,
     tracking_uri: str,
     tracking_secret: str,
     experiment: str,
@@ -44,6 +45,7 @@ def play_arms(
             store_uri=store_uri,
             store_endpoint=store_endpoint,
             store_secret=store_secret,
+            score_secret=score_secret,
             tracking_uri=tracking_uri,
             tracking_secret=tracking_secret,
             experiment=experiment,
@@ -73,6 +75,7 @@ def spin_comparison(
     store_uri: str = "s3://spin",
     store_endpoint: str = "http://seaweedfs.kubeflow:8333",
     store_secret: str = "spin-s3",
+    score_secret: str = "spin-s3",
     tracking_uri: str = "http://mlflow.mlflow:5000",
     tracking_secret: str = "spin-mlflow",
     gpu_count: int = 1,
@@ -100,6 +103,7 @@ def spin_comparison(
         store_uri: Bucket and prefix of the run's objects, s3://bucket/prefix.
         store_endpoint: Address of the S3 server, e.g. MinIO or SeaweedFS.
         store_secret: Kubernetes secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
+        score_secret: The same for tasks that score; theirs need not be able to write models.
         tracking_uri: Address of the MLflow server. Empty: no tracking.
         tracking_secret: Kubernetes secret with MLFLOW_TRACKING_USERNAME and _PASSWORD; may be absent.
         gpu_count: Accelerators (nvidia.com/gpu) per generating, training and scoring pod; 0 runs on the CPU.
@@ -123,7 +127,7 @@ def spin_comparison(
         "data_source": data_source,
         "overrides": overrides,
     }
-    key, base = prepare_and_score_base(options, where, pool, secrets)
+    key, base = prepare_and_score_base(options, where, pool, secrets, score_secret)
 
     planned = plan_comparison(run_key=key, arms=arms, iterations=iterations, seeds=seeds, **where).after(base)
     with_secrets(with_retries(place_on_cpu(planned, cpu="500m", memory="1Gi")), **secrets).set_display_name(
@@ -131,10 +135,22 @@ def spin_comparison(
     )
 
     rivals = play_arms(
-        run_keys=planned.outputs["rivals"], iterations=1, shards=generate_shards, **where, **pool, **secrets
+        run_keys=planned.outputs["rivals"],
+        iterations=1,
+        shards=generate_shards,
+        score_secret=score_secret,
+        **where,
+        **pool,
+        **secrets,
     ).set_display_name("Rivals")
     players = play_arms(
-        run_keys=planned.outputs["players"], iterations=iterations, shards=generate_shards, **where, **pool, **secrets
+        run_keys=planned.outputs["players"],
+        iterations=iterations,
+        shards=generate_shards,
+        score_secret=score_secret,
+        **where,
+        **pool,
+        **secrets,
     ).set_display_name("Self-play")
 
     compared = compare_players(

@@ -129,6 +129,10 @@ def check_parameters(package: Path, params: Mapping[str, Any]) -> None:
     from spin.presets import resolve
 
     config = resolve(full["preset"], full["base_model"], full["data_source"], full["overrides"])
+    if "gate" in known:
+        from spin.gate import policy
+
+        policy(full["gate"])
     if "arms" in known:
         from spin.comparison import ARMS, arms_of
 

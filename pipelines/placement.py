@@ -15,6 +15,9 @@ def place_on_cpu(task: dsl.PipelineTask, cpu: str, memory: str) -> dsl.PipelineT
     task.set_cpu_request(cpu).set_memory_request(memory).set_memory_limit(memory)
     # Stages look into the store by themselves; a cached task would not notice that an object is gone.
     task.set_caching_options(False)
+    # A pod can't tell which image it runs. Stages keep it with what they make, if it says so for good.
+    if "@sha256:" in task.container_spec.image:
+        task.set_env_variable("SPIN_IMAGE", task.container_spec.image)
     return task
 
 

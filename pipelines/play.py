@@ -7,30 +7,47 @@ from kfp import dsl
 from components.continue_play.component import continue_play
 from components.generate_synthetic.component import generate_synthetic
 from components.plan.component import plan
+from components.preflight.component import preflight
 from components.prepare_data.component import prepare_data
+from components.require_preflight.component import require_preflight
 from components.score_metrics.component import score_metrics
 from components.spin_train.component import spin_train
 from pipelines.placement import place_on_cpu, place_on_gpu, with_retries, with_secrets, with_store
 
 
 def prepare_and_score_base(
-    options: dict[str, Any], where: dict[str, Any], pool: dict[str, Any], secrets: dict[str, Any]
+    options: dict[str, Any],
+    where: dict[str, Any],
+    pool: dict[str, Any],
+    secrets: dict[str, Any],
+    score_secret: Any,
+    **checked_alone: Any,
 ) -> tuple[Any, dsl.PipelineTask]:
-    """Add the first two tasks of a pipeline; return the run's key and the task that ends them.
+    """Add the first tasks of a pipeline; return the run's key and the task that ends them.
 
     Args:
         options: prepare-data's own arguments.
         where: store_uri, store_endpoint, tracking_uri and experiment.
         pool: gpu_count, gpu_node_selector and gpu_tolerations.
         secrets: store_secret and tracking_secret.
+        checked_alone: what preflight looks at beside these.
+        score_secret: what the scoring task has in store_secret's place.
     """
+    servers = {name: value for name, value in where.items() if name != "experiment"}
+    checked = preflight(**options, **checked_alone, **servers, **pool).set_display_name("Preflight")
+    with_secrets(place_on_cpu(checked, cpu="1", memory="4Gi"), **secrets)
+    passed = place_on_cpu(require_preflight(faults=checked.outputs["Output"]), cpu="100m", memory="1Gi")
+    passed.set_display_name("Require preflight")
+
     prepared = prepare_data(job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER, **options, **where)
-    prepared.set_display_name("Prepare data")
+    prepared.after(passed).set_display_name("Prepare data")
     with_secrets(place_on_gpu(prepared, "4", "32Gi", *pool.values()), **secrets)
     key = prepared.outputs["key"]
     base = score_metrics(run_key=key, iteration=0, accelerators=pool["gpu_count"], **where)
     base.set_display_name("Score base")
-    with_secrets(with_retries(place_on_gpu(base, "4", "32Gi", *pool.values())), **secrets)
+    with_secrets(
+        with_retries(place_on_gpu(base, "4", "32Gi", *pool.values())), score_secret, secrets["tracking_secret"]
+    )
     return key, base
 
 
@@ -42,6 +59,7 @@ def spin_iteration(
     store_uri: str,
     store_endpoint: str,
     store_secret: str,
+    score_secret: str,
     tracking_uri: str,
     tracking_secret: str,
     experiment: str,
@@ -60,8 +78,8 @@ def spin_iteration(
         "accelerators": gpu_count,
     }
 
-    def on_gpu(task: dsl.PipelineTask, cpu: str, memory: str) -> dsl.PipelineTask:
-        with_secrets(with_retries(task), store_secret, tracking_secret)
+    def on_gpu(task: dsl.PipelineTask, cpu: str, memory: str, keys: Any = store_secret) -> dsl.PipelineTask:
+        with_secrets(with_retries(task), keys, tracking_secret)
         return place_on_gpu(task, cpu, memory, gpu_count, gpu_node_selector, gpu_tolerations)
 
     numbers = place_on_cpu(plan(count=shards, first=0), cpu="100m", memory="256Mi").set_display_name("Plan shards")
@@ -71,7 +89,8 @@ def spin_iteration(
     trained = on_gpu(
         spin_train(shards=shards, losers=dsl.Collected(drawn.outputs["losers"]), **place), cpu="8", memory="64Gi"
     ).set_display_name("Train player")
-    on_gpu(score_metrics(**place), cpu="4", memory="32Gi").after(trained).set_display_name("Score player")
+    scored = on_gpu(score_metrics(**place), cpu="4", memory="32Gi", keys=score_secret)
+    scored.after(trained).set_display_name("Score player")
 
 
 @dsl.pipeline(name="self-play", display_name="Self-play")
@@ -82,6 +101,7 @@ def self_play(
     store_uri: str,
     store_endpoint: str,
     store_secret: str,
+    score_secret: str,
     tracking_uri: str,
     tracking_secret: str,
     experiment: str,
@@ -114,6 +134,7 @@ def self_play(
                 iteration=iteration,
                 shards=shards,
                 store_secret=store_secret,
+                score_secret=score_secret,
                 tracking_secret=tracking_secret,
                 gpu_count=gpu_count,
                 gpu_node_selector=gpu_node_selector,

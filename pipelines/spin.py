@@ -37,10 +37,12 @@ def spin_diffusion(
     overrides: dict = {},  # noqa: B006
     generate_shards: int = 2,
     model_name: str = "spin-diffusion",
+    gate: dict = {},  # noqa: B006
     experiment: str = "spin-diffusion",
     store_uri: str = "s3://spin",
     store_endpoint: str = "http://seaweedfs.kubeflow:8333",
     store_secret: str = "spin-s3",
+    score_secret: str = "spin-s3",
     tracking_uri: str = "http://mlflow.mlflow:5000",
     tracking_secret: str = "spin-mlflow",
     gpu_count: int = 1,
@@ -61,10 +63,13 @@ def spin_diffusion(
         overrides: Options laid over the preset, nested by stage, e.g. {"train": {"beta": [3000]}}.
         generate_shards: Pods that draw the opponent's images side by side.
         model_name: Name of the registered model in MLflow.
+        gate: When the challenger may become champion, e.g. {"better": {"clip_score": 0.5}, "promote": "automatic"}.
+            Empty: it must surely be better than the champion (or the base), and is then recommended.
         experiment: MLflow experiment.
         store_uri: Bucket and prefix of the run's objects, s3://bucket/prefix.
         store_endpoint: Address of the S3 server, e.g. MinIO or SeaweedFS.
         store_secret: Kubernetes secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
+        score_secret: The same for tasks that score; theirs need not be able to write models.
         tracking_uri: Address of the MLflow server. Empty: no tracking and no registration.
         tracking_secret: Kubernetes secret with MLFLOW_TRACKING_USERNAME and _PASSWORD; may be absent.
         gpu_count: Accelerators (nvidia.com/gpu) per generating, training and scoring pod; 0 runs on the CPU.
@@ -88,12 +93,20 @@ def spin_diffusion(
         "data_source": data_source,
         "overrides": overrides,
     }
-    key, base = prepare_and_score_base(options, where, pool, secrets)
+    key, base = prepare_and_score_base(options, where, pool, secrets, score_secret, gate=gate)
 
-    played = self_play(run_key=key, iterations=iterations, shards=generate_shards, **where, **pool, **secrets)
+    played = self_play(
+        run_key=key,
+        iterations=iterations,
+        shards=generate_shards,
+        **where,
+        **pool,
+        **secrets,
+        score_secret=score_secret,
+    )
     played.after(base)
 
-    registered = register_model(run_key=key, iterations=iterations, model_name=model_name, **where)
+    registered = register_model(run_key=key, iterations=iterations, model_name=model_name, gate=gate, **where)
     registered.after(played).set_display_name("Register model")
     with_secrets(with_retries(place_on_cpu(registered, cpu="1", memory="4Gi")), **secrets)
 

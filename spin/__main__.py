@@ -1,8 +1,8 @@
-"""Command line: the pipeline's stages without KFP, ``python -m spin prepare|generate|train|score|register``."""
+"""Command line: preflight, the pipeline's stages without KFP, promotion; ``python -m spin --help`` lists them."""
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -22,12 +22,15 @@ RunKey = Annotated[str, typer.Option(help="Name of the run in the store; the sam
 StoreUri = Annotated[str, typer.Option(envvar="SPIN_STORE_URI", help="s3://bucket/prefix of runs and objects.")]
 StoreEndpoint = Annotated[str, typer.Option(envvar="MLFLOW_S3_ENDPOINT_URL", help="Address of the S3 server.")]
 TrackingUri = Annotated[str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="Address of the MLflow server.")]
+Registry = Annotated[str, typer.Option("--tracking-uri", envvar="MLFLOW_TRACKING_URI", help="Address of MLflow.")]
+ModelName = Annotated[str, typer.Option(help="Name in the MLflow registry.")]
+Reason = Annotated[str, typer.Option(help="Why; others will read it.")]
 Experiment = Annotated[str, typer.Option(help="MLflow experiment.")]
 Iteration = Annotated[int, typer.Option(help="Self-play iteration, from 1.")]
 Shards = Annotated[int, typer.Option(help="Number of shards that the losers are drawn in.")]
 
 
-def _overrides(value: str) -> dict[str, object]:
+def _overrides(value: str) -> dict[str, Any]:
     try:
         text = Path(value[1:]).read_text() if value.startswith("@") else value
         parsed = yaml.safe_load(text) or {}
@@ -38,6 +41,43 @@ def _overrides(value: str) -> dict[str, object]:
     if not isinstance(parsed, dict):
         raise SpinError(f"expected overrides as a mapping, got {value!r}; e.g. '{{train: {{beta: [3000]}}}}'")
     return parsed
+
+
+def _tolerations(value: str) -> list[dict[str, str]]:
+    try:
+        parsed = yaml.safe_load(value) or []
+    except yaml.YAMLError:
+        parsed = None
+    if not isinstance(parsed, list) or not all(isinstance(item, dict) for item in parsed):
+        raise SpinError(f"expected tolerations as a list of mappings, got {value!r}; e.g. '[{{operator: Exists}}]'")
+    return parsed
+
+
+@app.command()
+def preflight(
+    store_uri: StoreUri,
+    store_endpoint: StoreEndpoint,
+    run_key: Annotated[str, typer.Option(help="Name of the run, where it is to be resumed.")] = "preflight",
+    tracking_uri: TrackingUri = "",
+    preset: Annotated[str, typer.Option(help="emoji-cpu, sd15-paper or sd15-lora.")] = "emoji-cpu",
+    base_model: Annotated[str, typer.Option(help="Diffusers folder or hub name; empty: the preset's.")] = "",
+    data_source: Annotated[str, typer.Option(help="Folder, .tar, .parquet or hf:NAME; empty: the preset's.")] = "",
+    overrides: Annotated[str, typer.Option(help="Nested options as YAML or JSON, or @FILE.")] = "{}",
+    iterations: Annotated[int, typer.Option(help="Self-play iterations.")] = 1,
+    gpu_count: Annotated[int, typer.Option(help="Accelerators per pod; 0: none.")] = 0,
+    gpu_node_selector: Annotated[str, typer.Option(help="Labels of the nodes to use, as YAML or JSON.")] = "{}",
+    gpu_tolerations: Annotated[str, typer.Option(help="Taints to tolerate there, as YAML or JSON.")] = "[]",
+) -> None:
+    """Check a set-up before anything is computed; KUBECONFIG names the cluster that is looked at."""
+    from spin.preflight import preflight as check
+    from spin.preflight import refuse
+    from spin.stages import Place
+
+    place = Place(run_key, store_uri, store_endpoint, tracking_uri)
+    options = (preset, base_model, data_source, _overrides(overrides), iterations)
+    report = check(place, *options, gpu_count, _overrides(gpu_node_selector), _tolerations(gpu_tolerations))
+    typer.echo(report.markdown)
+    refuse(report.faults)
 
 
 @app.command()
@@ -115,13 +155,27 @@ def score(
 
     scored = stage(Place(run_key, store_uri, store_endpoint, tracking_uri, experiment), iteration)
     if report:
-        try:
-            report.write_text(scored.html)
-        except OSError as error:
-            raise SpinError(
-                f"expected to write the report, got {error.strerror} ({report}); name another file"
-            ) from None
+        _write(report, scored.html)
     typer.echo(scored.markdown)
+
+
+@app.command()
+def report(
+    run_key: Annotated[str, typer.Argument(help="Name of the run in the store.")],
+    store_uri: StoreUri,
+    store_endpoint: StoreEndpoint,
+    iteration: Annotated[int, typer.Option(help="Report up to this iteration; -1: the last one that is scored.")] = -1,
+    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+) -> None:
+    """Make the report of a run again, from what the store holds of it."""
+    from spin import page
+    from spin.stages import Place
+
+    run = Place(run_key, store_uri, store_endpoint).open()
+    pages = page.build(run, page.last_scored(run) if iteration < 0 else iteration)
+    _write(output, pages.html)
+    typer.echo(pages.markdown)
+    typer.echo(f"written to {output}")
 
 
 @app.command()
@@ -133,12 +187,44 @@ def register(
     tracking_uri: TrackingUri = "",
     model_name: Annotated[str, typer.Option(help="Name in the MLflow registry.")] = "spin-diffusion",
     experiment: Experiment = "spin-diffusion",
+    gate: Annotated[
+        str, typer.Option(help="The gate's policy as YAML or JSON, or @FILE; see docs/registry.md.")
+    ] = "{}",
 ) -> None:
-    """Register every iteration's player and point the alias challenger at the best."""
+    """Register every iteration's player, point the alias challenger at the best, judge it against the champion."""
     from spin.stages import Place
     from spin.stages.register import register as stage
 
-    _say(stage(Place(run_key, store_uri, store_endpoint, tracking_uri, experiment), model_name, iterations).facts)
+    place = Place(run_key, store_uri, store_endpoint, tracking_uri, experiment)
+    _say(stage(place, model_name, iterations, _overrides(gate)).facts)
+
+
+@app.command()
+def promote(
+    tracking_uri: Registry,
+    model_name: ModelName,
+    reason: Reason,
+    version: Annotated[str, typer.Option(help="Version to promote; empty: the challenger.")] = "",
+) -> None:
+    """Make a version champion by hand; the reason is kept with it."""
+    from spin.stages.promote import promote as stage
+
+    _say(stage(tracking_uri, model_name, reason, version))
+
+
+@app.command()
+def rollback(tracking_uri: Registry, model_name: ModelName, reason: Reason) -> None:
+    """Return to the champion before the present one."""
+    from spin.stages.promote import rollback as stage
+
+    _say(stage(tracking_uri, model_name, reason))
+
+
+def _write(path: Path, html: str) -> None:
+    try:
+        path.write_text(html)
+    except OSError as error:
+        raise SpinError(f"expected to write the report, got {error.strerror} ({path}); name another file") from None
 
 
 @app.command()

@@ -235,7 +235,7 @@ def compare(run: Run, rows: Sequence[Row], split: Split, against: str = "sft") -
     return table
 
 
-def costs(rows: Sequence[Row], accelerators: int) -> list[dict[str, Any]]:
+def costs(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return per row and phase: seconds, items (images or pairs), accelerator-hours; means over seeds that played.
 
     ``mfu``: FLOPs as a share of what the accelerators could have done in that time, all seeds and shards together.
@@ -247,13 +247,15 @@ def costs(rows: Sequence[Row], accelerators: int) -> list[dict[str, Any]]:
             found = [stage for stage in row.stages if stage.stage.split("/")[1].startswith(phase)]
             played = len(row.scores) - row.ended
             seconds = sum(stage.seconds for stage in found) / played
+            # What cost nothing to compute held a CPU alone.
+            hours = sum(stage.cost.get("accelerator_hours", stage.seconds / 3600) for stage in found)
             counted = [stage for stage in found if stage.cost]
             could = sum(stage.cost["flops"] / stage.cost["mfu"] for stage in counted if stage.cost["mfu"])
             line[phase] = {
                 "mfu": round(sum(stage.cost["flops"] for stage in counted) / could, 4) if could else None,
                 "seconds": round(seconds, 1),
                 "items": round(sum(stage.items for stage in found) / played),
-                "accelerator_hours": round(seconds * max(1, accelerators) / 3600, 4),
+                "accelerator_hours": round(hours / played, 4),
             }
         table.append(line)
     return table

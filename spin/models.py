@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -144,11 +145,10 @@ def find(name: str) -> Path:
     if "://" in name:
         raise SpinError(f"expected a model folder or hub name, got {name!r}; download the model and give its folder")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
-        # The index first: a model that cannot be played is refused before gigabytes arrive.
-        family, index = read_index(Path(snapshot_download(name, allow_patterns=["model_index.json"])))
+    # The index first: a model that cannot be played is refused before gigabytes arrive.
+    family, index = read_index(hub_index(name))
+    with _hub_errors(name):
         folders = [f"{part}/*" for part in (*family.parts_of(index), "scheduler")]
         # Half-precision and non-EMA twins would only double the download.
         twins = ["*.fp16*", "*.non_ema*", "*.msgpack", "*.onnx*"]
@@ -159,11 +159,27 @@ def find(name: str) -> Path:
                 ignore_patterns=[*(f"*{ending}" for ending in PICKLES), *twins],
             )
         )
+
+
+@contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        yield
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise SpinError(
             f"expected a model folder or hub name, got {name!r} ({type(error).__name__}); give an existing folder or "
             "check the name and the network"
         ) from None
+
+
+def hub_index(name: str) -> Path:
+    """Return a folder with nothing but the model_index.json of a hub model."""
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors(name):
+        return Path(snapshot_download(name, allow_patterns=["model_index.json"]))
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -253,6 +269,11 @@ def _part(folder: Path, kind: Any) -> Any:
     return complete(kind.from_pretrained(folder, **options, **{precision: torch.float32}))
 
 
+def scheduler_config(folder: Path) -> dict[str, Any]:
+    """Return the noise schedule of a pipeline folder."""
+    return _json_object(folder / "scheduler" / "scheduler_config.json")
+
+
 def load(folder: Path, device: torch.device | None = None) -> Model:
     """Load a checked pipeline folder in float32, frozen, in evaluation mode."""
     check(folder)
@@ -263,11 +284,11 @@ def load(folder: Path, device: torch.device | None = None) -> Model:
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SpinError(f"expected a loadable diffusers pipeline, got {folder} ({reason}); export it again") from None
-    return assemble(family, index, parts, _json_object(folder / "scheduler" / "scheduler_config.json"), device)
+    return assemble(family, index, parts, scheduler_config(folder), device)
 
 
 def assemble(
-    family: Family, index: dict[str, Any], parts: dict[str, Any], scheduler_config: dict[str, Any], device: torch.device
+    family: Family, index: dict[str, Any], parts: dict[str, Any], schedule: dict[str, Any], device: torch.device
 ) -> Model:
     """Return the model of loaded ``parts``, which are moved to ``device``, frozen and put into evaluation mode.
 
@@ -277,7 +298,7 @@ def assemble(
         if isinstance(part, torch.nn.Module):
             part.to(device).requires_grad_(False).eval()
             part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Model(family, parts[family.denoiser], parts["vae"], family.assemble(index, parts), scheduler_config)
+    return Model(family, parts[family.denoiser], parts["vae"], family.assemble(index, parts), schedule)
 
 
 def export(opponent: Path, denoiser: Denoiser, target: Path) -> None:

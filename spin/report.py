@@ -1,9 +1,8 @@
-"""What people look at: contact sheet, result table in Markdown, and one self-contained HTML page."""
+"""What people look at: the contact sheet, and tables in Markdown; the HTML page is in ``spin/page.py``."""
 
-import base64
-import html as escaping
+import html
+import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
 
 TITLES = {"clip_score": "CLIP score", "style_share": "Style share", "win_rate": "Win rate over base"}
 MARGIN = 4
+MOST_SCALARS = 10
 
 
 def row_name(iteration: int) -> str:
@@ -74,6 +74,12 @@ def caption(rows: Sequence[Index], split: str = "test") -> str:
     )
 
 
+def scalars(index: Index, split: str = "test") -> dict[str, float]:
+    """Return the means that KFP lists beside a task, the first ten: its view has no room for more."""
+    metrics = index.facts["metrics"][split]
+    return {name: metrics[name]["value"] for name in list(metrics)[:MOST_SCALARS]}
+
+
 def spending(costs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the table of what rows of ``spin.comparison.costs`` took, in Markdown."""
     phases = ("generate", "train", "score")
@@ -102,7 +108,29 @@ def markdown(
     lines = [f"# Run {run_key}", "", *_grid(header, body), "", caption(rows), ""]
     if costs:
         lines += [*spending(costs), ""]
-    lines += [f"- {row_name(k)}: **{word}**, {reason}" for k, (word, reason) in enumerate(verdicts, 1)]
+    lines += [f"- {row_name(k)}: **{word}**, {plain(reason)}" for k, (word, reason) in enumerate(verdicts, 1)]
+    return "\n".join([*lines, ""])
+
+
+def decision(registered: Index) -> str:
+    """Return what register-model decided, as Markdown: the challenger, the gate's outcome, each condition."""
+    facts, gate = registered.facts, registered.facts.get("gate")
+    if gate is None:
+        return "# Nothing registered\n\nThe first iteration diverged; the base model is the best.\n"
+    name = f"{facts['model_name']} version {facts['version']}" if facts["version"] else "not registered"
+    lines = [
+        f"# Gate: {gate['outcome']}",
+        "",
+        f"Challenger: iteration {registered.iteration}, {name}",
+        "",
+        gate["reason"],
+    ]
+    conditions = [
+        [f["name"], cell(f["name"], f), f"above {f['above']:g}", "yes" if f["low"] > f["above"] else "no"]
+        for f in gate["findings"]
+    ]
+    if conditions:
+        lines += ["", *_grid(["", f"against {gate['against']}", "asked for", "surely so"], conditions)]
     return "\n".join([*lines, ""])
 
 
@@ -134,37 +162,13 @@ def comparison(run_key: str, base: Index, compared: Index) -> str:
     )
 
 
+def plain(text: str) -> str:
+    """Return ``text`` such that Markdown shows it as it is: no markup, no link, no new cell."""
+    flat = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"([`*|]|(?<=\])[(\[:])", r"\\\1", flat)
+
+
 def _grid(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    return [*lines, *("| " + " | ".join(line) + " |" for line in body)]
-
-
-def html(run_key: str, rows: Sequence[Index], verdicts: Sequence[tuple[str, str]], sheet: Path) -> str:
-    """Return one self-contained page: sheet (a data URI), table and verdicts; no script, no outside request."""
-    header, body = table(rows)
-    picture = base64.b64encode(sheet.read_bytes()).decode()
-    heads = "".join(f"<th>{escaping.escape(text)}</th>" for text in header)
-    lines = "".join("<tr>" + "".join(f"<td>{escaping.escape(text)}</td>" for text in line) + "</tr>" for line in body)
-    items = "".join(
-        f"<li>{row_name(k)}: <strong>{word}</strong>, {escaping.escape(reason)}</li>"
-        for k, (word, reason) in enumerate(verdicts, 1)
-    )
-    alt = f"One row per model from the base to iteration {rows[-1].iteration}, real images in the last row"
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>SPIN-Diffusion: {escaping.escape(run_key)}</title><style>
-:root {{ color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }}
-body {{ margin: 1.5rem auto; padding: 0 1rem; max-width: 70rem; }}
-figure {{ margin: 1rem 0; overflow-x: auto; }} img {{ background: white; border-radius: 4px; }}
-table {{ border-collapse: collapse; }}
-th, td {{ padding: .3rem .8rem; text-align: left; border-bottom: 1px solid #8884; }}
-td {{ font-variant-numeric: tabular-nums; }} small, figcaption {{ opacity: .8; }}
-</style></head><body>
-<h1>SPIN-Diffusion, run {escaping.escape(run_key)}</h1>
-<div style="overflow-x:auto"><table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>
-<p><small>{escaping.escape(caption(rows))}.</small></p>
-{f"<ul>{items}</ul>" if items else ""}
-<figure><img src="data:image/png;base64,{picture}" alt="{escaping.escape(alt)}">
-<figcaption>Held-out prompts, the same seeds in every row; the real image is last.</figcaption></figure>
-</body></html>
-"""
+    lines = [[plain(text) for text in line] for line in (header, *body)]
+    rows = ["| " + " | ".join(line) + " |" for line in lines]
+    return [rows[0], "|" + " --- |" * len(header), *rows[1:]]

@@ -67,7 +67,7 @@ def commit() -> str:
 
 
 def producer() -> dict[str, str]:
-    """Return who computes: versions, commit, host, device and the KFP run, where there is one."""
+    """Return who computes: versions, commit, host, device, and the image and the KFP run, where there are."""
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
@@ -80,6 +80,7 @@ def producer() -> dict[str, str]:
         "transformers": version("transformers"),
         "host": socket.gethostname(),
         "device": device,
+        "image": os.environ.get("SPIN_IMAGE", ""),
         "kfp_run_id": os.environ.get("KFP_RUN_ID", ""),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -17,7 +17,7 @@ class Estimate:
         return asdict(self)
 
 
-def bootstrap(per_prompt: np.ndarray, resamples: int, seed: int = 0) -> Estimate:
+def bootstrap(per_prompt: np.ndarray, resamples: int, seed: int = 0, confidence: float = 0.95) -> Estimate:
     """Return the mean of ``per_prompt`` (float [P]) with its percentile bootstrap interval over prompts.
 
     Resampling prompts, not images, keeps several images of one prompt from passing as independent. The same ``seed``
@@ -25,7 +25,7 @@ def bootstrap(per_prompt: np.ndarray, resamples: int, seed: int = 0) -> Estimate
     """
     draws = np.random.default_rng(seed).integers(len(per_prompt), size=(resamples, len(per_prompt)))
     means = per_prompt[draws].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Estimate(float(per_prompt.mean()), float(low), float(high))
 
 

@@ -18,8 +18,11 @@ import re
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -177,6 +180,10 @@ class Store:
                     f"expected room in the bucket, got {error.code} {where}; free or add space and start the run again "
                     "with the same run key"
                 ) from None
+            if error.code == "RequestTimeTooSkewed":
+                raise SpinError(
+                    f"expected clocks that agree, got {error.code} {where}; synchronise this node's clock"
+                ) from None
             if error.code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "ExpiredToken"):
                 raise SpinError(
                     f"expected S3 keys that may use this bucket, got {error.code} {where}; check AWS_ACCESS_KEY_ID and "
@@ -201,6 +208,47 @@ class Store:
                     f"expected the bucket {self.bucket!r}, got none ({self.endpoint}, {self.uri}); create it"
                 )
         self._client = self._connect(PATIENT)
+
+    def probe(self) -> float:
+        """Put, read back and remove a small object; return how far the server's clock is ahead of this one, in seconds.
+
+        Raises:
+            SpinError: the keys may not do one of these, or other bytes come back.
+        """
+        key, data = f"{self.prefix}preflight/{uuid.uuid4().hex}", uuid.uuid4().bytes
+        with self._errors():
+            self._client.put_object(self.bucket, key, io.BytesIO(data), len(data))
+            with self._client.get_object(self.bucket, key) as response:
+                got, date = response.read(), response.headers.get("Date")
+            here = datetime.now(UTC)
+            self._client.remove_object(self.bucket, key)
+        if got != data:
+            raise SpinError(f"expected the bytes that were put, got others ({self.endpoint}); look at the S3 server")
+        return (parsedate_to_datetime(date) - here).total_seconds() if date else 0.0
+
+    def sizes(self, uri: str) -> dict[str, int]:
+        """Return the sizes in bytes of the files at or below ``s3://bucket/path``, by their path below it.
+
+        Raises:
+            SpinError: there is nothing.
+        """
+        path, found = self._below(uri)
+        return {name.removeprefix(path).lstrip("/"): int(item.size or 0) for name, item in found.items()}
+
+    def _below(self, uri: str) -> tuple[str, dict[str, Any]]:
+        """Return the path of ``s3://bucket/path`` and the objects at or below it, by name."""
+        bucket, _, path = uri.removeprefix("s3://").rstrip("/").partition("/")
+        with self._errors():
+            found = {
+                str(item.object_name): item
+                for item in self._client.list_objects(bucket, prefix=path, recursive=True)
+                # Consoles make empty objects that stand for folders.
+                if not str(item.object_name).endswith("/")
+                and (item.object_name == path or not path or str(item.object_name).startswith(f"{path}/"))
+            }
+        if not found:
+            raise SpinError(f"expected a file or folder, got nothing at {uri} ({self.endpoint}); correct the path")
+        return path, found
 
     def _exists(self, key: str) -> bool:
         try:
@@ -283,22 +331,41 @@ class Store:
             if ref.kind == "file":
                 self._fetch(f"objects/{ref.digest}", part, ref.digest)
             else:
-                listing: dict[str, Any] = {}
-
-                def fault() -> str:
-                    nonlocal listing
-                    listing = self.read_json(f"folders/{ref.digest}.json")
-                    whole = listing is not None and digest_of(listing) == ref.digest
-                    return (
-                        "" if whole else f"expected the listing of {ref.uri}, got none or another; the store is damaged"
-                    )
-
-                self._until_whole(fault)
-                for path, entry in listing.items():
+                for path, entry in self._listing(ref).items():
                     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
                         raise SpinError(f"expected plain paths in {ref.uri}, got {path!r}; the store is damaged")
                     self._fetch(f"folders/{ref.digest}/{path}", part / path, entry["digest"])
         return target
+
+    def part(self, ref: Ref, path: str) -> Path:
+        """Return the local path of one file of a folder, verified; the folder itself is not fetched.
+
+        Raises:
+            SpinError: as ``get``; or the folder has no such file.
+        """
+        whole = _cache() / "folders" / ref.digest / path
+        if whole.exists():
+            return whole
+        entry = self._listing(ref).get(path)
+        if entry is None:
+            raise SpinError(f"expected {path} in {ref.uri}, got none; the store is damaged")
+        target = _cache() / "files" / entry["digest"]
+        if not target.exists():
+            with _arriving(target) as part:
+                self._fetch(f"folders/{ref.digest}/{path}", part, entry["digest"])
+        return target
+
+    def _listing(self, ref: Ref) -> dict[str, dict[str, Any]]:
+        listing: dict[str, dict[str, Any]] = {}
+
+        def fault() -> str:
+            nonlocal listing
+            listing = self.read_json(f"folders/{ref.digest}.json")
+            whole = listing is not None and digest_of(listing) == ref.digest
+            return "" if whole else f"expected the listing of {ref.uri}, got none or another; the store is damaged"
+
+        self._until_whole(fault)
+        return listing
 
     def download(self, uri: str) -> Path:
         """Return the local path of any file or folder of this server, ``s3://bucket/path``: a user's data or model.
@@ -311,16 +378,7 @@ class Store:
         bucket, _, path = uri.removeprefix("s3://").rstrip("/").partition("/")
         if ".." in PurePosixPath(path).parts:
             raise SpinError(f"expected a plain path, got {uri}; write it without '..'")
-        with self._errors():
-            found = {
-                str(item.object_name): str(item.etag)
-                for item in self._client.list_objects(bucket, prefix=path, recursive=True)
-                # Consoles make empty objects that stand for folders.
-                if not str(item.object_name).endswith("/")
-                and (item.object_name == path or not path or str(item.object_name).startswith(f"{path}/"))
-            }
-        if not found:
-            raise SpinError(f"expected a file or folder, got nothing at {uri} ({self.endpoint}); correct the path")
+        found = {name: str(item.etag) for name, item in self._below(uri)[1].items()}
         target = (
             _cache()
             / "downloads"

@@ -8,16 +8,23 @@ With ``MLFLOW_RUN_ID`` in the environment (set by KFP's own MLflow plugin) that 
 to, never ended.
 """
 
+import io
+import json
 import logging
 import os
+import re
+import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from spin.config import RunConfig
+from spin.config import GenerateConfig, RunConfig
 from spin.errors import SpinError
 from spin.run import Index
 from spin.stages import Place, logger
@@ -29,21 +36,63 @@ SECONDS_BEFORE_RETRY = 20.0
 LARGEST_SHARE = 0.1
 RUN_KEY, STAGE, ITERATION, INDEX = "spin.run_key", "spin.stage", "spin.iteration", "spin.index_digest"
 FAILURE = "spin.failure"
+DIGEST, CHAMPIONS = "spin.digest", "spin.champions"
 PARENT = "pipeline"
+MODEL_TYPE = "text-to-image"
+SERVED_WITH = ("mlflow", "torch", "diffusers", "transformers", "accelerate", "safetensors", "pillow", "pandas")
+TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+SECONDS_TO_UPLOAD = 900
+
+
+def without_password(text: str) -> str:
+    """Return ``text`` without the user and password of addresses in it."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return without_password(lines[0])[:200] if lines else type(error).__name__
 
 
 def _client(uri: str) -> Any:
     # A server that is away must cost seconds, not MLflow's default of several minutes.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault(TIMEOUT, "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ["MLFLOW_TRACKING_URI"] = uri
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
 
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def server_version(uri: str) -> str:
+    """Return the version of the MLflow server, which answered a question that needs its database and its keys.
+
+    Raises:
+        SpinError: it is out of reach, does not accept its name in the Host header, or refuses these credentials.
+    """
+    client = _client(uri)
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    try:
+        client.search_experiments(max_results=1)
+        answer = http_request(get_default_host_creds(uri), "/version", "GET", timeout=10, max_retries=0)
+        return str(answer.text).strip()
+    except MlflowException as error:
+        said = str(error).splitlines()[0][:200]
+        if "Invalid Host header" in str(error):
+            do = "add the host and port of tracking_uri to the server's MLFLOW_SERVER_ALLOWED_HOSTS"
+        elif "401" in said or "403" in said or "authenti" in said.lower():
+            do = "put MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD into the secret named by tracking_secret"
+        else:
+            do = "check tracking_uri, the server and the network"
+        raise SpinError(f"expected an answer from MLflow at {uri}, got {said}; {do}") from None
 
 
 def _experiment(client: Any, name: str) -> str:
@@ -72,6 +121,37 @@ def _parent(client: Any, place: Place, experiment: str) -> Any:
     return _find_or_create(client, place, experiment, PARENT, {})
 
 
+@dataclass(frozen=True)
+class Version:
+    """A version of a registered model; ``source`` is where MLflow keeps it."""
+
+    number: str
+    source: str
+    run_id: str
+    tags: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the registry is told of a player: lineage, scores, and how it draws.
+
+    Attributes:
+        stage: the training stage, whose MLflow run the version belongs to.
+        tags: lineage, with the tags ``RUN_KEY``, ``ITERATION`` and ``DIGEST``, which name the player.
+        params, scores: columns of MLflow's table of models.
+        solver: options of the diffusion solver; empty: the model's own.
+    """
+
+    stage: str
+    iteration: int
+    tags: Mapping[str, str]
+    params: dict[str, str]
+    scores: Mapping[str, float]
+    generate: GenerateConfig
+    resolution: int
+    solver: Mapping[str, Any]
+
+
 class StageLog:
     """Writes one stage's MLflow run. Calls never raise: what fails is kept and tried again until the stage ends."""
 
@@ -81,6 +161,7 @@ class StageLog:
         self.run_id = self.parent_id = ""
         self.known_index = ""
         self._parent_tags: Mapping[str, str] = {}
+        self._tags: Mapping[str, str] = {}
         self._client: Any = None
         self._backlog: list[Callable[[], None]] = []
         self._points: list[tuple[int, int, dict[str, float]]] = []
@@ -103,11 +184,14 @@ class StageLog:
                     client.set_tag(self.injected, key, value)
             else:
                 run = _find_or_create(client, self.place, experiment, self.stage, tags)
-            self.known_index = run.data.tags.get(INDEX, "")
+            self._tags, self.known_index = run.data.tags, run.data.tags.get(INDEX, "")
             self._failed_before = FAILURE in run.data.tags
             self.run_id = run.info.run_id
-            if not self.injected and run.info.status != "RUNNING" and not self.known_index:
-                client.update_run(self.run_id, status="RUNNING")
+            if not self.known_index:
+                # There is work to do, after a failure or with more iterations than before.
+                for again in [parent] if self.injected else [parent, run]:
+                    if again.info.status != "RUNNING":
+                        client.update_run(again.info.run_id, status="RUNNING")
             if "loss" in run.data.metrics:
                 self._sent = {point.step for point in client.get_metric_history(self.run_id, "loss")}
             self._client = client
@@ -130,10 +214,8 @@ class StageLog:
             now = time.monotonic()
             self._away_until = now + max(SECONDS_BEFORE_RETRY, (now - started) / LARGEST_SHARE)
             if not self.warned:
-                reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-                logger.warning(
-                    "MLflow at %s is out of reach (%s); going on without it", self.place.tracking_uri, reason
-                )
+                where = without_password(self.place.tracking_uri)
+                logger.warning("MLflow at %s is out of reach (%s); going on without it", where, _first_line(error))
                 self.warned = True
             return False
         return True
@@ -226,9 +308,10 @@ class StageLog:
 
         self._do(action)
 
-    def report(self, html: str, sheet: Path, iteration: int) -> None:
-        """Log the report page and the contact sheet to the parent run, once; step is the iteration."""
-        known, digest = f"spin.sheet_digest.{iteration:03d}", digest_of_file(sheet)
+    def report(self, html: str, pictures: Mapping[str, Path | bytes], iteration: int) -> None:
+        """Log the report page and pictures by key to the parent run, each once; step is the iteration."""
+        known = f"spin.report_digest.{iteration:03d}"
+        digest = digest_of([html, sorted(pictures)])
 
         def action() -> None:
             # The parent is asked: the stage's own run is a new one each time where it is injected.
@@ -237,18 +320,45 @@ class StageLog:
             from PIL import Image
 
             self._client.log_text(self.parent_id, html, f"report/iteration-{iteration:03d}.html")
-            self._client.log_image(self.parent_id, Image.open(sheet), key="contact_sheet", step=iteration)
+            # What an interrupted attempt has sent is not sent again; pictures of other scores are.
+            sent = [] if known in self._parent_tags else self._client.list_artifacts(self.parent_id, "images")
+            for key, picture in pictures.items():
+                name = f"images/{key.replace('/', '~')}+step+{iteration}+"
+                if not any(item.path.startswith(name) for item in sent):
+                    image = Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
+                    self._client.log_image(self.parent_id, image, key=key, step=iteration)
+            self._client.set_tag(self.parent_id, known, digest)
 
         self._do(action)
-        self._do(lambda: self._client.set_tag(self.parent_id, known, digest))
+
+    def table(self, rows: Path, name: str) -> None:
+        """Log a Parquet file as a table of the stage's run, which MLflow compares with those of other runs."""
+        digest = digest_of_file(rows)
+
+        def action() -> None:
+            import pandas as pd
+
+            if self._tags.get(f"spin.{name}_table") == digest:
+                return
+            frame = pd.read_parquet(rows)
+            if any(item.path == f"{name}.json" for item in self._client.list_artifacts(self.run_id)):
+                # log_table would append.
+                self._client.log_text(self.run_id, frame.to_json(orient="split", index=False), f"{name}.json")
+            else:
+                self._client.log_table(self.run_id, frame, f"{name}.json")
+            self._client.set_tag(self.run_id, f"spin.{name}_table", digest)
+
+        self._do(action)
 
     def text(self, text: str, name: str) -> None:
         """Keep a text file with the parent run."""
         self._do(lambda: self._client.log_text(self.parent_id, text, name))
 
-    def failed(self, reason: str) -> None:
-        """Mark the stage's run as failed, with the reason as a tag."""
-        self._status = "FAILED"
+    def failed(self, error: BaseException) -> None:
+        """Mark the stage's run, and the whole run, as failed, with the reason as a tag; as killed after SIGTERM."""
+        self._status, reason = "FAILED", without_password(str(error) or type(error).__name__)
+        if isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM:
+            self._status, reason = "KILLED", "asked to stop (SIGTERM); run the stage again to go on"
         self._do(lambda: self._client.set_tag(self.run_id, FAILURE, reason[:500]))
 
     def close(self) -> None:
@@ -260,12 +370,15 @@ class StageLog:
                 self._client.delete_tag(self.run_id, FAILURE)
             if not self.injected:
                 self._client.set_terminated(self.run_id, self._status)
+            if self._status != "FINISHED":
+                # Whoever runs the stage again opens it again; nobody may, and then it is over.
+                self._client.set_terminated(self.parent_id, self._status)
 
         self._backlog.append(action)
         if not self._drain(force=True):
             logger.warning(
                 "MLflow at %s is still out of reach; %s is safe in the store, run the stage again to log it",
-                self.place.tracking_uri,
+                without_password(self.place.tracking_uri),
                 self.stage,
             )
 
@@ -300,7 +413,7 @@ def stage(place: Place, name: str, iteration: int, system_metrics: bool = False)
         else:
             yield log
     except BaseException as error:
-        log.failed(str(error) or type(error).__name__)
+        log.failed(error)
         raise
     finally:
         log.close()
@@ -316,16 +429,16 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class Registry:
-    """The model registry of the run's MLflow server.
+    """The model registry of an MLflow server.
 
     Raises:
-        SpinError: no server, or it refuses; nothing is lost, the stage can be run again.
+        SpinError: no server, or it refuses; nothing is lost, the command can be given again.
     """
 
-    def __init__(self, place: Place):
-        if not place.tracking_uri:
+    def __init__(self, tracking_uri: str):
+        if not tracking_uri:
             raise SpinError("expected an MLflow server for the registry, got no tracking_uri; set it")
-        self.place, self._client = place, _client(place.tracking_uri)
+        self._uri, self._client = tracking_uri, _client(tracking_uri)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -335,37 +448,164 @@ class Registry:
             yield
         except MlflowException as error:
             raise SpinError(
-                f"expected the MLflow registry at {self.place.tracking_uri}, got {str(error).splitlines()[0][:200]}; "
-                "check tracking_uri and run register-model again"
+                f"expected the MLflow registry at {without_password(self._uri)}, got {_first_line(error)}; check "
+                "tracking_uri and the names, and try again"
             ) from None
 
-    def register(self, name: str, uri: str, tags: Mapping[str, str], stage: str) -> str:
-        """Return the version of ``name`` that stands for this player; it is created once."""
+    def _known(self, question: Callable[[], Any]) -> Any:
+        """Return the answer, or ``None`` where the server knows no such model or version."""
         from mlflow.exceptions import MlflowException
 
         with self._errors():
             try:
-                self._client.create_registered_model(name, tags={"spin.kind": "diffusers pipeline folder"})
+                return question()
+            except MlflowException as error:
+                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                    return None
+                raise
+
+    def find(self, name: str, tags: Mapping[str, str]) -> Version | None:
+        """Return the newest version of ``name`` that has all of ``tags``."""
+        with self._errors():
+            found = [
+                version
+                for version in self._client.search_model_versions(f"name = '{name}'")
+                if version.tags.items() >= tags.items() and version.status == "READY"
+            ]
+        return max((_version(version) for version in found), key=lambda version: int(version.number), default=None)
+
+    def version(self, name: str, number: str) -> Version | None:
+        """Return a version by its number, if there is one."""
+        return self._known(lambda: _version(self._client.get_model_version(name, number)))
+
+    def aliased(self, name: str, alias: str) -> Version | None:
+        """Return the version that ``alias`` points to."""
+        model = self._known(lambda: self._client.get_registered_model(name))
+        number = model.aliases.get(alias) if model else None
+        return self.version(name, number) if number else None
+
+    def register(self, place: Place, name: str, player: Path, card: Card) -> Version:
+        """Return the version of ``name`` that stands for a player; it is made once.
+
+        The player's folder is packed into an MLflow model that needs neither spin nor the store: what is served
+        outlives the run. Its files go through the MLflow server.
+        """
+        from mlflow.entities import LoggedModelOutput, Metric
+        from mlflow.exceptions import MlflowException
+
+        same = {key: card.tags[key] for key in (RUN_KEY, ITERATION, DIGEST)}
+        if known := self.find(name, same):
+            # It may have been scored anew since.
+            changed = {key: value for key, value in card.tags.items() if known.tags.get(key) != value}
+            self.tag(name, known.number, changed)
+            return replace(known, tags={**known.tags, **changed})
+        with self._errors(), _patiently():
+            try:
+                self._client.create_registered_model(name)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-            same = ("spin.run_key", "spin.iteration", "spin.digest")
-            for version in self._client.search_model_versions(f"name = '{name}'"):
-                if all(version.tags.get(key) == tags[key] for key in same):
-                    return str(version.version)
-            experiment = _experiment(self._client, self.place.experiment)
-            run = _find_or_create(self._client, self.place, experiment, stage, {})
-            made = self._client.create_model_version(name, source=uri, run_id=run.info.run_id, tags=dict(tags))
-            return str(made.version)
+            experiment = _experiment(self._client, place.experiment)
+            run_id = _find_or_create(self._client, place, experiment, card.stage, {}).info.run_id
+            model = self._client.create_logged_model(
+                experiment, f"{place.run_key}-{card.iteration:03d}", run_id, dict(card.tags), card.params, MODEL_TYPE
+            )
+            try:
+                with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
+                    _pack(Path(scratch) / "model", player, card, model.model_id, run_id)
+                    self._client.log_model_artifacts(model.model_id, str(Path(scratch) / "model"))
+            except BaseException:
+                self._client.finalize_logged_model(model.model_id, "FAILED")
+                raise
+            self._client.finalize_logged_model(model.model_id, "READY")
+            # MLflow's table of models shows the scores beside each of them.
+            self._client.log_outputs(run_id, models=[LoggedModelOutput(model.model_id, card.iteration)])
+            now = int(time.time() * 1000)
+            scores = [
+                Metric(key, value, now, card.iteration, model_id=model.model_id) for key, value in card.scores.items()
+            ]
+            self._client.log_batch(run_id, metrics=scores)
+            # As a uri of the logged model, so that MLflow knows which of its models this is a version of.
+            source, tags = f"models:/{model.model_id}", dict(card.tags)
+            made = self._client.create_model_version(name, source, run_id, tags, model_id=model.model_id)
+            return _version(made)
 
-    def point(self, name: str, alias: str, version: str) -> None:
-        """Move ``alias`` to ``version``."""
+    def point(self, name: str, alias: str, number: str) -> None:
+        """Move ``alias`` to a version."""
         with self._errors():
-            self._client.set_registered_model_alias(name, alias, version)
+            self._client.set_registered_model_alias(name, alias, number)
 
-    def close_run(self) -> str:
-        """Mark the parent run as finished and return its id."""
+    def tag(self, name: str, number: str, tags: Mapping[str, str]) -> None:
+        """Add tags to a version."""
         with self._errors():
-            parent = _parent(self._client, self.place, _experiment(self._client, self.place.experiment))
+            for key, value in tags.items():
+                self._client.set_model_version_tag(name, number, key, value)
+
+    def champions(self, name: str) -> list[dict[str, str]]:
+        """Return the champions so far, the present one last, as ``set_champions`` left them."""
+        model = self._known(lambda: self._client.get_registered_model(name))
+        listed: list[dict[str, str]] = json.loads(model.tags.get(CHAMPIONS, "[]")) if model else []
+        return listed
+
+    def set_champions(self, name: str, champions: Sequence[Mapping[str, str]]) -> None:
+        """Keep the list of champions with the registered model."""
+        with self._errors():
+            self._client.set_registered_model_tag(name, CHAMPIONS, json.dumps(list(champions)))
+
+    def close_run(self, place: Place) -> str:
+        """Mark the run's parent as finished and return its id."""
+        with self._errors():
+            parent = _parent(self._client, place, _experiment(self._client, place.experiment))
             self._client.set_terminated(parent.info.run_id, "FINISHED")
             return str(parent.info.run_id)
+
+
+def _version(found: Any) -> Version:
+    return Version(str(found.version), found.source or "", found.run_id or "", dict(found.tags))
+
+
+def _pack(target: Path, player: Path, card: Card, model_id: str, run_id: str) -> None:
+    """Write an MLflow model folder: the served file, the player's weights, signature and requirements."""
+    import pandas as pd
+    from mlflow import pyfunc
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+    drawn = card.generate
+    signature = ModelSignature(
+        inputs=Schema([ColSpec(DataType.string, "prompt")]),
+        outputs=Schema([ColSpec(DataType.binary, "image")]),
+        params=ParamSchema(
+            [
+                ParamSpec("num_inference_steps", DataType.long, drawn.num_inference_steps),
+                ParamSpec("guidance_scale", DataType.double, drawn.guidance_scale),
+                ParamSpec("seed", DataType.long, 0),
+            ]
+        ),
+    )
+    pyfunc.save_model(
+        target,
+        mlflow_model=Model(model_id=model_id, run_id=run_id),
+        python_model=str(Path(__file__).with_name("served_player.py")),
+        artifacts={"player": str(player)},
+        signature=signature,
+        input_example=(pd.DataFrame({"prompt": ["a red apple"]}), {"seed": 1}),
+        # A local build's suffix (2.13.0+cpu) is on no package index.
+        pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in SERVED_WITH],
+        model_config={"resolution": card.resolution, "solver": card.solver},
+        metadata=dict(card.tags),
+    )
+
+
+@contextmanager
+def _patiently() -> Iterator[None]:
+    """Let MLflow's client wait for a server that passes gigabytes on to its own store."""
+    before = os.environ.get(TIMEOUT)
+    os.environ[TIMEOUT] = str(SECONDS_TO_UPLOAD)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[TIMEOUT]
+        else:
+            os.environ[TIMEOUT] = before

@@ -29,16 +29,17 @@ def score_metrics(
         tracking_uri: Address of the MLflow server.
         experiment: MLflow experiment.
         metrics: Means on the test prompts.
-        contact_sheet: The same prompts and seeds in every iteration, real images last.
+        contact_sheet: The report: the same prompts and seeds in every iteration, changes, curves.
         table: Every metric with its interval.
     """
     from pathlib import Path
 
+    from spin import report
     from spin.stages import Place
     from spin.stages.score import score
 
     scored = score(Place(run_key, store_uri, store_endpoint, tracking_uri, experiment, accelerators), iteration)
-    for name, estimate in scored.index.facts["metrics"]["test"].items():
-        metrics.log_metric(name, estimate["value"])
+    for name, value in report.scalars(scored.index).items():
+        metrics.log_metric(name, value)
     Path(contact_sheet.path).write_text(scored.html)
     Path(table.path).write_text(scored.markdown)

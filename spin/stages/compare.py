@@ -75,7 +75,7 @@ def gather(
             "best_on_validation": chosen,
             "seeds": seeds,
             "rows": {line["title"]: line for line in lines},
-            "costs": {line["title"]: line for line in costs(rows, place.accelerators)},
+            "costs": {line["title"]: line for line in costs(rows)},
         }
         index = run.finish(
             Index(
@@ -96,7 +96,7 @@ def gather(
     if place.tracking_uri:
         for key in (run.key, *(arm.run_key for arm in planned)):
             try:
-                tracking.Registry(replace(place, run_key=key)).close_run()
+                tracking.Registry(place.tracking_uri).close_run(replace(place, run_key=key))
             except SpinError as error:
                 logger.warning("comparison: %s stays open in MLflow (%s)", key, error)
     logger.info("comparison: best on the validation prompts is %s", index.facts["best_on_validation"])

@@ -76,12 +76,12 @@ def generate(place: Place, iteration: int, shard: int = 0, shards: int = 1) -> I
     if config.train.ranks:
         score = config.score.model_dump(mode="json", include={"clip_model", "template"})
         inputs["ranked"] = {"draws": config.train.ranked_draws, "score": score}
-    if index := run.find(stage, inputs):
-        _clean(run, stage)
-        logger.info("iteration %d: shard %d of %d complete", iteration, shard + 1, shards)
-    else:
-        index = _generate(run, config, iteration, stage, opponent, dataset, inputs, clock, place.accelerators)
     with tracking.stage(place, stage, iteration) as log:
+        if index := run.find(stage, inputs):
+            _clean(run, stage)
+            logger.info("iteration %d: shard %d of %d complete", iteration, shard + 1, shards)
+        else:
+            index = _generate(run, config, iteration, stage, opponent, dataset, inputs, clock, place.accelerators)
         log.index(index)
     return index
 

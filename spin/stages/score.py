@@ -2,12 +2,9 @@
 
 from dataclasses import dataclass
 
-from spin import report, tracking
-from spin.comparison import Row, costs
-from spin.run import Clock, Index, Run, iteration_stage, whole_iteration
+from spin import page, tracking
+from spin.run import Clock, Index, iteration_stage, whole_iteration
 from spin.stages import Place, logger
-from spin.stages.generate import shard_stage
-from spin.stages.train import verdict_of
 
 
 @dataclass(frozen=True)
@@ -44,30 +41,17 @@ def score(place: Place, iteration: int) -> Scored:
     asked = prepared.outputs.get("prompts")
     if asked:
         inputs["prompts"] = asked.digest
-    if index := run.find(stage, inputs):
-        logger.info("iteration %d: scores complete", iteration)
-    else:
-        from spin.scoring import score_player
-
-        index = score_player(
-            run, config, iteration, stage, player, dataset, asked, earlier, inputs, clock, place.accelerators
-        )
-    rows, verdicts = [*earlier, index], [verdict_of(stage) for stage in trained]
-    sheet = run.store.get(index.outputs["sheet"])
-    spent = costs([Row("base", "", 0, rows[:1], []), *_played(run, trained, rows)], place.accelerators)
-    markdown = report.markdown(run.key, rows, verdicts, spent)
-    result = Scored(index, report.html(run.key, rows, verdicts, sheet), markdown)
     with tracking.stage(place, stage, iteration) as log:
-        log.report(result.html, sheet, iteration)
+        if index := run.find(stage, inputs):
+            logger.info("iteration %d: scores complete", iteration)
+        else:
+            from spin.scoring import score_player
+
+            index = score_player(
+                run, config, iteration, stage, player, dataset, asked, earlier, inputs, clock, place.accelerators
+            )
+        pages = page.build(run, iteration)
+        log.report(pages.html, {"contact_sheet": run.store.get(index.outputs["sheet"]), **pages.pictures}, iteration)
+        log.table(run.store.get(index.outputs["scores"]), "scores")
         log.index(index)
-    return result
-
-
-def _played(run: Run, trained: list[Index], scored: list[Index]) -> list[Row]:
-    """Return a row per iteration with all its stages; the losers came in as many shards as training read."""
-    rows = []
-    for k, index in enumerate(trained, 1):
-        shards = len(index.inputs["losers"])
-        drawn = [run.need(shard_stage(k, shard, shards), index.stage) for shard in range(shards)]
-        rows.append(Row(report.row_name(k), "", k, [scored[k]], [*drawn, index, scored[k]]))
-    return rows
+    return Scored(index, pages.html, pages.markdown)

@@ -80,7 +80,7 @@ def test_a_failing_run_ends_with_one_clear_line(
     lines = said.splitlines()
     assert lines[-1] == (
         "error: expected the pipeline to finish, got a failed task (Pipeline 'spin-diffusion' finished with status "
-        "FAILURE. Inner task failed: 'prepare-data'); its output is above"
+        "FAILURE. Inner task failed: 'require-preflight'); its output is above"
     )
     reason = [line for line in lines if line.lstrip().startswith("spin.errors.SpinError: ")]
     assert len(reason) == 1

@@ -263,7 +263,7 @@ def test_reports_of_a_rerun_are_the_same(world: World, played: Played) -> None:
     assert re.search(
         r"\| iteration 2 \| \d+ s, \d+ \| \d+ s, 24 \| \d+ s, \d+ \| \d+ % / \d+ % / \d+ % \|", one.markdown
     )
-    assert "data:image/png;base64," in one.html
+    assert "data:image/webp;base64," in one.html
 
 
 def test_other_inputs_compute_again(world: World, played: Played) -> None:

@@ -2,7 +2,9 @@
 
 import logging
 import math
+import os
 import re
+import signal
 import socket
 import time
 from collections import defaultdict
@@ -10,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlflow
+import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
@@ -21,7 +25,7 @@ from spin.stages.generate import generate
 from spin.stages.register import register
 from spin.stages.score import score
 from spin.stages.train import train
-from spin.training import Trainer
+from spin.training import Stopped, Trainer
 from tests.integration.conftest import Played
 from tests.integration.world import BUCKET, EXPERIMENT, PREFIX, World
 
@@ -224,6 +228,8 @@ def test_resumed_training_continues_its_curve(
             train(place, 1)
     stopped = only(client, "resumed", "iteration-001/train")
     assert stopped.info.status == "FAILED"
+    # Nobody may ever go on with it.
+    assert only(client, "resumed", "pipeline").info.status == "FAILED"
     assert stopped.data.tags["spin.failure"] == "in the middle"
     assert [step for step, _ in points(client, stopped, "loss")] == [1, 2, 3]
     assert world.run("resumed").read_progress("iteration-001/train")["step"] == 2
@@ -231,12 +237,86 @@ def test_resumed_training_continues_its_curve(
     run = only(client, "resumed", "iteration-001/train")
     assert run.info.run_id == stopped.info.run_id
     assert run.info.status == "FINISHED"
+    assert only(client, "resumed", "pipeline").info.status == "RUNNING"
     assert "spin.failure" not in run.data.tags
     for name in ("loss", "winner_drift", "learning_rate"):
         assert [step for step, _ in points(client, run, name)] == [1, 2, 3, 4, 5]
     assert any(name.startswith("system/cpu") for name in run.data.metrics)
     train(place, 1)
     assert [step for step, _ in points(client, run, "loss")] == [1, 2, 3, 4, 5]
+
+
+def test_an_evicted_stage_is_killed_not_failed(
+    client: MlflowClient, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = world.place("evicted", world.servers.mlflow_uri)
+    world.prepare(place)
+    generate(place, 1)
+
+    def stop(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", stop)
+        with pytest.raises(SystemExit):
+            train(place, 1)
+    run = only(client, "evicted", "iteration-001/train")
+    assert (run.info.status, run.data.tags["spin.failure"]) == (
+        "KILLED",
+        "asked to stop (SIGTERM); run the stage again to go on",
+    )
+    assert only(client, "evicted", "pipeline").info.status == "KILLED"
+    train(place, 1)
+    run = only(client, "evicted", "iteration-001/train")
+    assert run.info.status == "FINISHED"
+    assert "spin.failure" not in run.data.tags
+    assert only(client, "evicted", "pipeline").info.status == "RUNNING"
+
+
+def test_scores_are_a_table_of_each_stage(client: MlflowClient, world: World, played: Played) -> None:
+    for k in (0, 1, 2):
+        run = only(client, "played", f"iteration-00{k}/score")
+        logged = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/scores.json")
+        rows = pq.read_table(world.store().get(played.indexes[f"iteration-00{k}/score"].outputs["scores"]))
+        assert logged["columns"] == rows.column_names
+        assert len(logged["data"]) == len(rows)
+        assert "scores.json" in run.data.tags["mlflow.loggedArtifacts"]
+
+
+def test_pictures_of_a_prompt_are_steps_of_one_key(client: MlflowClient, played: Played) -> None:
+    names = artifacts(client, only(client, played.place.run_key, "pipeline"))
+    found = [re.fullmatch(r"images/prompts~(colour \d+)\+step\+(\d)\+.+\.png", name) for name in names]
+    steps = defaultdict(list)
+    for name in filter(None, found):
+        steps[name[1]].append(int(name[2]))
+    assert len(steps) == 3
+    assert all(sorted(some) == [0, 1, 2] for some in steps.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://ann:secret@mlflow:5000/x", "http://mlflow:5000/x"),
+        ("request to https://ann:p@ss@mlflow failed", "request to https://mlflow failed"),
+        ("http://mlflow:5000/a@b", "http://mlflow:5000/a@b"),
+    ],
+)
+def test_passwords_are_not_repeated(text: str, shown: str) -> None:
+    assert tracking.without_password(text) == shown
+
+
+def test_a_password_in_the_address_is_not_logged(
+    world: World, away: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    address = away.replace("http://", "http://ann:secret@")
+    with tracking.stage(world.place("password", address), "prepare", 0):
+        pass
+    with pytest.raises(SpinError) as refused:
+        tracking.Registry(address).aliased("any", "champion")
+    assert "out of reach" in caplog.text
+    assert "secret" not in caplog.text + str(refused.value)
 
 
 def test_the_verdict_and_its_reason_are_tags(client: MlflowClient, world: World) -> None:
@@ -257,7 +337,7 @@ def test_registry_has_a_version_per_iteration(client: MlflowClient, played: Play
     for k, version in versions.items():
         trained, scored = played.indexes[f"iteration-00{k}/train"], played.indexes[f"iteration-00{k}/score"]
         assert str(version.version) == registered["versions"][k]
-        assert version.source == trained.outputs["model"].uri
+        assert version.tags["spin.uri"] == trained.outputs["model"].uri
         assert version.run_id == only(client, "played", f"iteration-00{k}/train").info.run_id
         assert version.status == "READY"
         wanted = {
@@ -265,13 +345,20 @@ def test_registry_has_a_version_per_iteration(client: MlflowClient, played: Play
             "spin.preset": "emoji-cpu",
             "spin.digest": trained.outputs["model"].digest,
             "spin.dataset_digest": played.indexes["prepare"].outputs["dataset"].digest,
+            "spin.base_digest": played.indexes["prepare"].outputs["base"].digest,
             "spin.opponent_digest": trained.inputs["opponent"],
+            "spin.scores_digest": scored.outputs["scores"].digest,
             "spin.commit": "c0ffee",
             "spin.objective": "spin",
         }
         for split, metrics in scored.facts["metrics"].items():
             wanted |= {f"spin.{split}.{name}": f"{metric['value']:.4f}" for name, metric in metrics.items()}
         assert version.tags.items() >= wanted.items()
+        # MLflow's table of models compares the iterations by their scores.
+        model = client.get_logged_model(version.source.removeprefix("models:/"))
+        scores = {metric.key: metric.value for metric in model.metrics}
+        assert scores["test.clip_score"] == scored.facts["metrics"]["test"]["clip_score"]["value"]
+        assert model.params["iteration"] == k
     best = max("12", key=lambda k: float(versions[k].tags["spin.validation.clip_score"]))
     challenger = client.get_model_version_by_alias(played.model_name, "challenger")
     assert str(challenger.version) == registered["version"] == str(versions[best].version)
@@ -442,8 +529,7 @@ def test_server_that_goes_away_in_between_is_told_later(
     found = only(client, "between", "pipeline")
     assert "config.json" in artifacts(client, found)
     assert [step for step, _ in points(client, found, "test.clip_score")] == [0, 1]
-    # An image that arrived, without word that it did, comes again.
-    assert set(sheets(client, found)) == {0, 1}
+    assert sheets(client, found) == [0, 1]
     trained = only(client, "between", "iteration-001/train")
     assert [step for step, _ in points(client, trained, "loss")] == [1, 2, 3]
     assert trained.info.status == "FINISHED"

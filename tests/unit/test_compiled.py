@@ -59,6 +59,7 @@ def test_what_is_in_order(params: dict[str, Any]) -> None:
         ({"overrides": {"train": 5}}, "expected a mapping of options under train, got 5; "),
         ({"overrides": {"train": {"steps": [0]}}}, "expected train.steps.0 to be greater than 0, got 0; change it"),
         ({"overrides": {"train": {"batch_size": 7, "micro_batch_size": 2}}}, "multiple of micro_batch_size, got 7"),
+        ({"gate": {"beter": {}}}, "expected a known option of the gate, got 'beter'; did you mean 'better'?"),
         ({"overrides": [1]}, "expected STRUCT for parameter 'overrides', got [1]; "),
     ],
 )  # fmt: skip

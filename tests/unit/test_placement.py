@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 PACKAGE = Path(__file__).parents[1] / "golden" / "spin-diffusion.yaml"
-STORE = "store_secret"
+STORE, SCORE = "store_secret", "score_secret"
 TRACKING = "tracking_secret (optional)"
 GPU = ("nvidia.com/gpu x gpu_count", "gpu_node_selector", "gpu_tolerations", "/dev/shm Memory 16Gi")
 NONE = ("", "", "", "")
@@ -14,14 +14,16 @@ NONE = ("", "", "", "")
 # task: cpu request, memory request, memory limit, (accelerator, node selector, tolerations, shared memory), retries,
 # secrets. No task has a CPU limit, is cached or has an environment of its own.
 TABLE = {
+    "Preflight": ("1", "4Gi", "4Gi", NONE, 0, {STORE, TRACKING}),
+    "Require preflight": ("100m", "1Gi", "1Gi", NONE, 0, set()),
     "Prepare data": ("4", "32Gi", "32Gi", GPU, 0, {STORE, TRACKING}),
-    "Score base": ("4", "32Gi", "32Gi", GPU, 3, {STORE, TRACKING}),
+    "Score base": ("4", "32Gi", "32Gi", GPU, 3, {SCORE, TRACKING}),
     "Plan iterations": ("100m", "256Mi", "256Mi", NONE, 0, set()),
     "Continue play": ("500m", "1Gi", "1Gi", NONE, 3, {STORE}),
     "Plan shards": ("100m", "256Mi", "256Mi", NONE, 0, set()),
     "Generate losers": ("4", "32Gi", "32Gi", GPU, 3, {STORE, TRACKING}),
     "Train player": ("8", "64Gi", "64Gi", GPU, 3, {STORE, TRACKING}),
-    "Score player": ("4", "32Gi", "32Gi", GPU, 3, {STORE, TRACKING}),
+    "Score player": ("4", "32Gi", "32Gi", GPU, 3, {SCORE, TRACKING}),
     "Register model": ("1", "4Gi", "4Gi", NONE, 3, {STORE, TRACKING}),
 }
 BACKOFF = {"maxRetryCount": 3, "backoffDuration": "10s", "backoffFactor": 2.0, "backoffMaxDuration": "600s"}

@@ -1,15 +1,12 @@
-"""The report is one page that asks nobody for anything, and what people wrote cannot become markup in it."""
+"""The contact sheet and the tables; what people wrote cannot become markup in them."""
 
-import base64
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
 from spin.data.dataset import HeldOut
-from spin.report import caption, cell, contact_sheet, html, markdown, row_name, table
+from spin.report import caption, cell, contact_sheet, decision, markdown, plain, row_name, scalars, table
 from spin.run import Index
 
 EVIL = "<script>alert(1)</script>"
@@ -38,13 +35,6 @@ def rows() -> list[Index]:
         row(0, {"clip_score": estimate(20.0)}),
         row(1, {"clip_score": estimate(21.123), "win_rate": estimate(0.5)}),
     ]
-
-
-@pytest.fixture
-def sheet(tmp_path: Path) -> Path:
-    path = tmp_path / "sheet.png"
-    Image.new("RGB", (300, 200), "red").save(path)
-    return path
 
 
 def held_out(count: int, side: int = 64, prompt: str = "cat") -> list[HeldOut]:
@@ -88,30 +78,52 @@ def test_cells_and_names() -> None:
     assert (row_name(0), row_name(12)) == ("base", "iteration 12")
 
 
-def test_markup_in_the_run_key_is_text(rows: list[Index], sheet: Path) -> None:
-    page = html(EVIL, rows, [("diverged", EVIL)], sheet)
-    assert "<script" not in page
-    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 3
+def test_markup_is_text_in_markdown() -> None:
+    lines = markdown("r", [row(0, {EVIL: estimate(1.0)})], [("diverged", f"{EVIL} [x](javascript:1) | `a`")])
+    assert "<script" not in lines
+    assert "| model | &lt;script&gt;alert(1)&lt;/script&gt; |" in lines
+    assert r"[x]\(javascript:1) \| \`a\`" in lines
 
 
-def test_markup_in_a_metric_name_is_text(sheet: Path) -> None:
-    page = html("r", [row(0, {EVIL: estimate(1.0)})], [], sheet)
-    assert "<script" not in page
-    assert "<th>&lt;script&gt;" in page
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("error -2.0 % [-3.0, -1.0]", "error -2.0 % [-3.0, -1.0]"),
+        ("a\n# b", "a # b"),
+        ("![x](http://a/b.png)", r"![x]\(http://a/b.png)"),
+        ("[x][y]", r"[x]\[y]"),
+        ("<img src=x onerror=y>", "&lt;img src=x onerror=y&gt;"),
+    ],
+)
+def test_any_text_is_shown_as_it_is(text: str, shown: str) -> None:
+    assert plain(text) == shown
 
 
-def test_the_page_is_self_contained(rows: list[Index], sheet: Path) -> None:
-    page = html("run-1", rows, [("improved", "error -2.0 %")], sheet)
-    assert not re.search(r"https?:|//\w|@import|url\(|<link|<script|<iframe|srcset|\son\w+=", page, re.IGNORECASE)
-    sources = re.findall(r"""(?:src|href|action|poster|data)\s*=\s*["']?([^"'>\s]*)""", page)
-    assert len(sources) == 1
-    assert sources[0].startswith("data:image/png;base64,")
-    assert base64.b64decode(sources[0].split(",")[1], validate=True) == sheet.read_bytes()
+def test_kfp_lists_ten_numbers_at_most() -> None:
+    many = row(0, {f"m{n}": estimate(float(n)) for n in range(14)})
+    assert scalars(many) == {f"m{n}": float(n) for n in range(10)}
 
 
-def test_the_page_is_as_large_as_its_picture(rows: list[Index], sheet: Path) -> None:
-    # base64 makes 4 characters of 3 bytes
-    assert len(html("run-1", rows, [("improved", "error -2.0 %")], sheet)) < 4 * (sheet.stat().st_size // 3 + 1) + 4000
+def registered(**facts: Any) -> Index:
+    index = row(1, {})
+    return index.model_copy(update={"facts": {"model_name": "emoji", "version": "3", **facts}})
+
+
+def test_the_gates_decision_by_hand() -> None:
+    finding = {"name": "clip_score", "value": 2.0, "low": 1.0, "high": 3.0, "above": 0.5}
+    gate = {"outcome": "passed", "against": "the base", "reason": "against the base: all well", "findings": [finding]}
+    assert decision(registered(gate=gate)).splitlines() == [
+        "# Gate: passed",
+        "",
+        "Challenger: iteration 1, emoji version 3",
+        "",
+        "against the base: all well",
+        "",
+        "|  | against the base | asked for | surely so |",
+        "| --- | --- | --- | --- |",
+        "| clip_score | 2.00 [1.00, 3.00] | above 0.5 | yes |",
+    ]
+    assert "Nothing registered" in decision(registered())
 
 
 def test_contact_sheet_layout() -> None:

@@ -1,0 +1,55 @@
+"""preflight: check what can be checked before an accelerator is taken."""
+
+from kfp import dsl
+
+from components.settings import RUNTIME_IMAGE
+
+
+@dsl.component(base_image=RUNTIME_IMAGE, install_kfp_package=False)
+def preflight(
+    run_key: str,
+    preset: str,
+    base_model: str,
+    data_source: str,
+    overrides: dict,
+    iterations: int,
+    gpu_count: int,
+    gpu_node_selector: dict,
+    gpu_tolerations: list,
+    store_uri: str,
+    store_endpoint: str,
+    tracking_uri: str,
+    table: dsl.Output[dsl.Markdown],
+    gate: dict = {},  # noqa: B006
+) -> str:
+    """Write every check into a table; return the failed ones, which the next task refuses.
+
+    The table of a task that fails is not shown, so this one does not.
+
+    Args:
+        run_key: Name of the run in the store; empty: a new one.
+        preset: emoji-cpu, sd15-paper or sd15-lora.
+        base_model: Diffusers folder (also s3://) or hub name; empty: the preset's.
+        data_source: Folder, .tar or .parquet (also s3://), or hf:NAME; empty: the preset's.
+        overrides: Nested options laid over the preset.
+        iterations: Number of self-play iterations.
+        gpu_count: Accelerators per pod.
+        gpu_node_selector: Labels of the nodes to use.
+        gpu_tolerations: Taints to tolerate on those nodes.
+        store_uri: s3://bucket/prefix of runs and objects.
+        store_endpoint: Address of the S3 server.
+        tracking_uri: Address of the MLflow server.
+        gate: Options of register-model's gate.
+        table: Every check, what was found, and what to do.
+    """
+    from pathlib import Path
+
+    from spin.preflight import preflight
+    from spin.stages import Place
+
+    place = Place(run_key or "preflight", store_uri, store_endpoint, tracking_uri)
+    pool = (gpu_count, gpu_node_selector, gpu_tolerations)
+    report = preflight(place, preset, base_model, data_source, overrides, iterations, *pool, gate=gate)
+    print(report.markdown)
+    Path(table.path).write_text(report.markdown)
+    return report.faults

@@ -1,0 +1,333 @@
+"""The report of a run, made of what the store holds: one self-contained HTML page and its Markdown."""
+
+import base64
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+
+from spin import charts, report
+from spin.comparison import Row, costs
+from spin.errors import SpinError
+from spin.run import Run, iteration_stage
+from spin.scorers import PRIMARY
+from spin.stages.generate import shard_stage
+from spin.stages.train import verdict_of
+from spin.stats import bootstrap, wins
+
+MOST_BYTES = 2_000_000
+PICTURE_BYTES = MOST_BYTES * 7 // 10
+"""Of all pictures, in base64; the rest is for text and charts."""
+SIZES = ((192, 82), (160, 78), (128, 72), (96, 65), (72, 50), (48, 40))
+"""(longest side in pixels, WebP quality), tried one after another until the pictures fit."""
+MOST_MODELS = 7
+MOST_POINTS = 150
+CHANGES = 4
+CURVES = {
+    "loss": "Loss (log 2 at the start)",
+    "implicit_accuracy": "Pairs told apart",
+    "winner_drift": "Drift of the error on winners",
+    "loser_drift": "Drift of the error on losers",
+    "margin": "Margin",
+    "grad_norm": "Gradient norm",
+}
+
+Place = tuple[str, int]
+"""Prompt id and sample."""
+
+
+@dataclass(frozen=True)
+class Pages:
+    """The same report for two readers, and the last model's PNGs of the contact sheet by a name for MLflow."""
+
+    html: str
+    markdown: str
+    pictures: dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A picture with what stands below it; ``source`` is a data URI."""
+
+    source: str
+    alt: str
+    name: str
+    score: str
+
+
+class Gathered:
+    """What a run's store says up to an iteration; tables and pictures are of the test prompts."""
+
+    def __init__(self, run: Run, iteration: int):
+        self.run, self.iteration = run, iteration
+        self.config, self.prepared = run.config(), run.need("prepare", "the report")
+        numbers = range(iteration + 1)
+        self.scored = [run.need(iteration_stage(k, "score"), "the report") for k in numbers]
+        self.trained = [run.need(iteration_stage(k, "train"), "the report") for k in numbers if k]
+        chosen = np.linspace(0, iteration, min(iteration + 1, MOST_MODELS)).round().astype(int)
+        self.models = [int(k) for k in chosen]
+        """Iterations that are drawn; all of them, where they are few."""
+
+    @cached_property
+    def scores(self) -> dict[int, dict[Place, dict[str, Any]]]:
+        """Rows of the drawn models, by place."""
+        found = {}
+        for k in self.models:
+            rows = pq.read_table(self._path(k, "scores"), filters=[("split", "=", "test")]).to_pylist()
+            found[k] = {(row["id"], row["sample"]): row for row in rows}
+        return found
+
+    @property
+    def shown(self) -> list[Place]:
+        """Places on the contact sheet: first images, evenly over the prompts (neighbours are often alike)."""
+        firsts = [place for place in self.scores[self.iteration] if place[1] == 0]
+        count = self.config.score.sheet_prompts
+        return firsts[:: max(1, len(firsts) // count)][:count]
+
+    def _path(self, iteration: int, name: str) -> Path:
+        return self.run.store.get(self.scored[iteration].outputs[name])
+
+    def images(self, iteration: int, places: Sequence[Place]) -> dict[Place, bytes]:
+        """Return the PNGs that a model drew."""
+        where = [("split", "=", "test"), ("id", "in", [id for id, _ in places])]
+        rows = pq.read_table(self._path(iteration, "images"), filters=where).to_pylist()
+        return {(row["id"], row["sample"]): row["image"] for row in rows}
+
+    def real_images(self, ids: Sequence[str]) -> dict[str, bytes]:
+        """Return the held-out real images of prompts that have one."""
+        path = self.run.store.part(self.prepared.outputs["dataset"], "held-out.parquet")
+        rows = pq.read_table(path, columns=["id", "image"], filters=[("id", "in", list(ids))]).to_pylist()
+        return {row["id"]: row["image"] for row in rows}
+
+    def history(self, iteration: int) -> list[dict[str, float]]:
+        path = self.run.store.get(self.trained[iteration - 1].outputs["history"])
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def last_scored(run: Run) -> int:
+    """Return the last iteration whose scores are complete.
+
+    Raises:
+        SpinError: there is none.
+    """
+    iteration = -1
+    while run.find(iteration_stage(iteration + 1, "score")):
+        iteration += 1
+    if iteration < 0:
+        raise SpinError(
+            f"expected scores of run {run.key!r}, got none in {run.store.uri}; check the run key, or score the base"
+        )
+    return iteration
+
+
+def build(run: Run, iteration: int) -> Pages:
+    """Return the report of a run up to ``iteration``, from the store alone."""
+    found = Gathered(run, iteration)
+    verdicts = [verdict_of(index) for index in found.trained]
+    drawn = found.images(iteration, found.shown)
+    pictures = {}
+    for place in found.shown:
+        # MLflow's keys know few signs; two prompts may become one key.
+        name = re.sub(r"[^A-Za-z0-9_. -]+", " ", found.scores[iteration][place]["prompt"]).strip()[:60]
+        pictures[f"prompts/{name or place[0]}{' ' + place[0] if f'prompts/{name}' in pictures else ''}"] = drawn[place]
+    return Pages(_html(found, verdicts), report.markdown(run.key, found.scored, verdicts, _spent(found)), pictures)
+
+
+def _spent(found: Gathered) -> list[dict[str, Any]]:
+    """Return what every iteration took; the losers came in as many shards as training read."""
+    rows = [Row("base", "", 0, found.scored[:1], [])]
+    for k, trained in enumerate(found.trained, 1):
+        shards = len(trained.inputs["losers"])
+        drawn = [found.run.need(shard_stage(k, shard, shards), "the report") for shard in range(shards)]
+        scored = found.scored[k]
+        rows.append(Row(report.row_name(k), "", k, [scored], [*drawn, trained, scored]))
+    return costs(rows)
+
+
+def _html(found: Gathered, verdicts: Sequence[tuple[str, str]]) -> str:
+    places, shown = list(found.scores[found.iteration]), found.shown
+    best, worst = _changes(found, places)
+    pictures: dict[tuple[int, Place], bytes] = {}
+    for k in found.models:
+        wanted = [*shown, *(best + worst if k in (0, found.iteration) else [])]
+        drawn = found.images(k, wanted)
+        pictures |= {(k, place): drawn[place] for place in wanted}
+    real = found.real_images([id for id, _ in shown])
+    sources = shrunk({**pictures, **real})
+    header, body = report.table(found.scored)
+
+    def cell(k: int, place: Place) -> Cell:
+        row, name = found.scores[k][place], report.row_name(k)
+        score = f"{row[PRIMARY]:.1f}"
+        title = report.TITLES.get(PRIMARY, PRIMARY)
+        return Cell(sources[k, place], f"{row['prompt']}: {name}, {title} {score}", name, score)
+
+    def strip(place: Place) -> dict[str, Any]:
+        prompt = found.scores[found.iteration][place]["prompt"]
+        cells = [cell(k, place) for k in found.models]
+        if place[0] in real:
+            cells.append(Cell(sources[place[0]], f"{prompt}: real image", "real", ""))
+        return {"prompt": prompt, "cells": cells}
+
+    def change(place: Place) -> dict[str, Any]:
+        prompt = found.scores[0][place]["prompt"]
+        return {"prompt": prompt, "cells": [cell(0, place), cell(found.iteration, place)]}
+
+    return _template().render(
+        key=found.run.key,
+        iteration=found.iteration,
+        finished=f"{datetime.fromisoformat(found.scored[-1].producer['finished']):%Y-%m-%d %H:%M %Z}",
+        cards=_cards(found, verdicts),
+        header=header,
+        body=body,
+        caption=report.caption(found.scored),
+        verdicts=[(report.row_name(k), word, reason) for k, (word, reason) in enumerate(verdicts, 1)],
+        sheet=[strip(place) for place in shown],
+        best=[change(place) for place in best],
+        worst=[change(place) for place in worst],
+        primary=report.TITLES.get(PRIMARY, PRIMARY),
+        wins=_wins(found),
+        distributions=_distributions(found),
+        curves=_curves(found),
+        legend=[(charts.colour(k), report.row_name(k)) for k in found.models if k],
+        lineage=_lineage(found),
+    )
+
+
+def _template() -> Any:
+    # Autoescaping makes text of whatever people wrote; only the charts are markup already.
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.jinja")
+
+
+def _changes(found: Gathered, places: Sequence[Place]) -> tuple[list[Place], list[Place]]:
+    """Return where the last player gained most over the base, and where it lost most."""
+    if not found.iteration:
+        return [], []
+    base, last = found.scores[0], found.scores[found.iteration]
+    both = [place for place in places if place in base]
+    ranked = sorted(both, key=lambda place: last[place][PRIMARY] - base[place][PRIMARY])
+    count = min(CHANGES, len(ranked) // 2)
+    return ranked[::-1][:count], ranked[:count]
+
+
+def shrunk(pictures: Mapping[Any, bytes], budget: int = PICTURE_BYTES) -> dict[Any, str]:
+    """Return pictures as data URIs that take at most ``budget`` characters together, never enlarged.
+
+    Raises:
+        SpinError: there are too many even for the smallest size.
+    """
+    opened = {key: Image.open(io.BytesIO(data)).convert("RGB") for key, data in pictures.items()}
+    for side, quality in SIZES:
+        sources = {key: _source(image, side, quality) for key, image in opened.items()}
+        if sum(map(len, sources.values())) <= budget:
+            return sources
+    raise SpinError(f"expected pictures that fit a page, got {len(pictures)}; lower score.sheet_prompts")
+
+
+def _source(image: Image.Image, side: int, quality: int) -> str:
+    small = image.copy()
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    small.save(stream, "WEBP", quality=quality)
+    return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def _cards(found: Gathered, verdicts: Sequence[tuple[str, str]]) -> list[tuple[str, str, str]]:
+    """Return (title, value, note) of what to read first."""
+    last = found.scored[-1].facts["metrics"]["test"]
+    before = found.scored[0].facts["metrics"]["test"][PRIMARY]["value"]
+    chosen = max(found.scored, key=lambda index: index.facts["metrics"]["validation"][PRIMARY]["value"])
+    best = chosen.facts["metrics"]["test"][PRIMARY]["value"]
+    note = "the base model"
+    if found.iteration:
+        note = f"base {before:.1f}; best on validation: {report.row_name(chosen.iteration)}, {best:.1f}"
+    cards = [(report.TITLES.get(PRIMARY, PRIMARY), f"{last[PRIMARY]['value']:.1f}", note)]
+    if rate := last.get("win_rate"):
+        cards.append(("Win rate over base", f"{100 * rate['value']:.0f} %", f"surely above {100 * rate['low']:.0f} %"))
+    if verdicts:
+        cards.append((report.row_name(found.iteration), *verdicts[-1]))
+    return cards
+
+
+def _wins(found: Gathered) -> Any:
+    rows = []
+    for before, k in zip(found.models, found.models[1:], strict=False):
+        ours = found.scores[k]
+        for rival in dict.fromkeys((0, before)):
+            theirs = found.scores[rival]
+            prompts: dict[str, list[float]] = {}
+            for place in ours.keys() & theirs.keys():
+                won = wins(np.array(ours[place][PRIMARY]), np.array(theirs[place][PRIMARY]))
+                prompts.setdefault(place[0], []).append(won.item())
+            share = bootstrap(np.array([np.mean(prompts[id]) for id in sorted(prompts)]), found.config.score.bootstrap)
+            rows.append((f"{report.row_name(k)} over {report.row_name(rival)}", k, share.as_dict()))
+    told = "; ".join(f"{name} {share['value']:.2f}" for name, _, share in rows)
+    return charts.bars(rows, f"Win rates: {told}") if rows else None
+
+
+def _distributions(found: Gathered) -> list[tuple[str, Any]]:
+    table = pa.Table.from_pylist(list(found.scores[found.iteration].values()))
+    names = {k: report.row_name(k) for k in found.models}
+    drawn = []
+    for field in table.schema:
+        if not pa.types.is_floating(field.type):
+            continue
+        series = {
+            k: np.array([row[field.name] for row in found.scores[k].values() if field.name in row])
+            for k in found.models
+        }
+        # Shares of yes and no are in the table.
+        if all(len(values) for values in series.values()) and len(np.unique(np.concatenate([*series.values()]))) > 2:
+            title = report.TITLES.get(field.name, field.name)
+            told = "; ".join(f"{names[k]} mean {values.mean():.3g}" for k, values in series.items())
+            drawn.append((title, charts.distributions(series, names, f"Distribution of {title}: {told}")))
+    return drawn
+
+
+def _curves(found: Gathered) -> list[tuple[str, Any]]:
+    histories = {k: found.history(k) for k in found.models if k}
+    drawn = []
+    for name, title in CURVES.items():
+        series = {}
+        for k, rows in histories.items():
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            if points:
+                series[k] = points[:: max(1, len(points) // MOST_POINTS)]
+        if series:
+            told = "; ".join(
+                f"{report.row_name(k)} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for k, points in series.items()
+            )
+            drawn.append((title, charts.curves(series, f"{title}: {told}")))
+    return drawn
+
+
+def _lineage(found: Gathered) -> list[tuple[str, str]]:
+    producer = found.scored[-1].producer
+    rows = [
+        ("preset", found.config.preset),
+        ("objective", found.config.train.objective),
+        ("base model", found.config.base_model),
+        ("data", found.config.data.source),
+        ("data set", found.prepared.outputs["dataset"].digest),
+        ("base", found.prepared.outputs["base"].digest),
+    ]
+    rows += [(report.row_name(index.iteration), index.outputs["model"].digest) for index in found.trained]
+    return rows + [(name, producer[name]) for name in ("commit", "image", "kfp_run_id", "device") if producer.get(name)]

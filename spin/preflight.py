@@ -1,0 +1,333 @@
+"""Preflight: before an accelerator is taken, check what can be checked, and say for each fault what to do."""
+
+import math
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from spin import cluster, tracking
+from spin.budget import passes
+from spin.cluster import ACCELERATOR, Need
+from spin.config import RunConfig
+from spin.errors import SpinError
+from spin.gate import policy
+from spin.presets import resolve
+from spin.run import Run, whole_iteration
+from spin.stages import Place
+from spin.store import Store
+
+Verdict = Literal["ok", "failed", "skipped"]
+MOST_CLOCK_SECONDS = 60.0
+OLDEST_MLFLOW = (3, 0)
+ROWS_LOOKED_AT = 50
+# SD-1.5 at 512 px, 50 steps with guidance in about a second: the usual figure of an A100 with 80 GB. For orientation.
+PASSES_PER_SECOND = 100.0
+GIB = 2**30
+HUB_MODEL_BYTES = 5 * GIB
+# The opponent, the player, and a checkpoint: weights and the optimizer's two moments.
+COPIES = 5
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table."""
+
+    name: str
+    verdict: Verdict
+    found: str
+    do: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All checks, in order."""
+
+    checks: Sequence[Check]
+
+    @property
+    def markdown(self) -> str:
+        """The table for the KFP UI."""
+        signs = {"ok": "✓ ok", "failed": "✗ failed", "skipped": "skipped"}
+        failed = sum(check.verdict == "failed" for check in self.checks)
+        rows = [
+            f"| {check.name} | {signs[check.verdict]} | {_cell(check.found)} | {_cell(check.do)} |"
+            for check in self.checks
+        ]
+        title = f"{failed} of {len(rows)} checks failed" if failed else "ready"
+        return "\n".join([f"# Preflight: {title}", "", "| check | | found | do |", "|---|---|---|---|", *rows, ""])
+
+    @property
+    def faults(self) -> str:
+        """The failed checks in one line; empty: the run may begin."""
+        return " | ".join(
+            f"{check.name}: {check.found}; {check.do}" for check in self.checks if check.verdict == "failed"
+        )
+
+
+def refuse(faults: str) -> None:
+    """Stop the run before it takes an accelerator.
+
+    Raises:
+        SpinError: ``faults`` names some.
+    """
+    if faults:
+        raise SpinError(f"expected a set-up that can run this, got: {faults}")
+
+
+def _cell(text: str) -> str:
+    # Text of others (labels, server answers) may be anything; a cell stays a cell and holds no markup.
+    escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    return " ".join(escaped.split())
+
+
+def preflight(
+    place: Place,
+    preset: str,
+    base_model: str = "",
+    data_source: str = "",
+    overrides: dict[str, Any] | None = None,
+    iterations: int = 1,
+    gpu_count: int = 0,
+    gpu_node_selector: Mapping[str, str] | None = None,
+    gpu_tolerations: Sequence[Mapping[str, str]] = (),
+    cpu: float = 8,
+    memory: float = 64 * GIB,
+    gate: Mapping[str, Any] | None = None,
+) -> Report:
+    """Return what is in order and what is not; nothing is left behind, in the store or elsewhere.
+
+    Args:
+        cpu, memory: Cores and bytes that the largest pod of the run asks for.
+        gate: Options of the gate that register-model judges by.
+    """
+    checks: list[Check] = []
+
+    def check(name: str, function: Callable[[], str]) -> bool:
+        try:
+            checks.append(Check(name, "ok", function()))
+        except SpinError as error:
+            found, _, do = str(error).rpartition("; ")
+            checks.append(Check(name, "failed", found or do, do if found else ""))
+        except _Skip as skip:
+            checks.append(Check(name, "skipped", str(skip)))
+        return checks[-1].verdict == "ok"
+
+    config: RunConfig | None = None
+
+    def options() -> str:
+        nonlocal config
+        config = resolve(preset, base_model, data_source, overrides or {})
+        policy(dict(gate or {}))
+        return f"{preset}, {config.train.objective}, {whole_iteration(iterations, 1)} iteration(s)"
+
+    check("options", options)
+    opened: list[Store] = []
+    if check("S3", lambda: _store(place, opened)):
+        check("S3 clock", lambda: _clock(opened[0]))
+    check("MLflow", lambda: _mlflow(place))
+    if config:
+        plan = config
+        store = opened[0] if opened else None
+        prepared = False
+
+        def run() -> str:
+            nonlocal prepared
+            if store is None:
+                raise _Skip("S3 is out of reach")
+            # A prepared run has its base model and data in the store, wherever they came from.
+            prepared = Run(store, place.run_key).find("prepare") is not None
+            return f"{place.run_key}: {'prepared, will go on' if prepared else 'new'}"
+
+        check("run key", run)
+        check("base model", lambda: _base(plan.base_model, store, prepared))
+        check("data", lambda: _data(plan, store, prepared))
+        check("scorer", lambda: _scorer(plan.score.clip_model))
+        check("size of the run", lambda: _size(plan, int(iterations), int(gpu_count)))
+        scratch = _scratch_bytes(plan, store)
+        amounts = {"cpu": cpu, "memory": memory, "ephemeral-storage": float(scratch)}
+        if gpu_count:
+            amounts[ACCELERATOR] = float(gpu_count)
+        need = Need(amounts, dict(gpu_node_selector or {}), list(gpu_tolerations), _architecture())
+        check("nodes", lambda: _nodes(need))
+        check("quota", lambda: _quota(int(gpu_count)))
+        check("disk", lambda: _disk(scratch))
+    return Report(checks)
+
+
+class _Skip(Exception):
+    """There is nothing to check, and why."""
+
+
+def _store(place: Place, opened: list[Store]) -> str:
+    store = Store(place.store_uri, place.store_endpoint)
+    store.check()
+    store.probe()
+    opened.append(store)
+    return f"{store.uri} at {store.endpoint}: put, get and delete"
+
+
+def _clock(store: Store) -> str:
+    ahead = store.probe()
+    if abs(ahead) > MOST_CLOCK_SECONDS:
+        raise SpinError(
+            f"expected clocks that agree within {MOST_CLOCK_SECONDS:.0f} s, got {ahead:+.0f} s; synchronise the clocks "
+            "of this node and of the S3 server"
+        )
+    return f"{ahead:+.0f} s"
+
+
+def _mlflow(place: Place) -> str:
+    if not place.tracking_uri:
+        raise _Skip("tracking_uri is empty: no tracking, no registration")
+    version = tracking.server_version(place.tracking_uri)
+    parts = version.split(".")
+    if (
+        len(parts) < 2
+        or not all(part.isdigit() for part in parts[:2])
+        or ((int(parts[0]), int(parts[1])) < OLDEST_MLFLOW)
+    ):
+        oldest = ".".join(map(str, OLDEST_MLFLOW))
+        raise SpinError(f"expected MLflow {oldest} or newer, got {version} at {place.tracking_uri}; upgrade the server")
+    return f"{version} at {place.tracking_uri}"
+
+
+def _base(name: str, store: Store | None, prepared: bool) -> str:
+    from spin import models
+
+    if prepared:
+        raise _Skip("the run is prepared")
+    if not name.startswith("s3://"):
+        if name == "emoji" or Path(name).exists():
+            folder = models.find(name)
+            models.check(folder)
+        else:
+            folder = models.hub_index(name)
+        return f"{name}: {models.read_index(folder)[0].pipeline.__name__}"
+    if store is None:
+        raise _Skip("S3 is out of reach")
+    sizes = store.sizes(name)
+    if "model_index.json" not in sizes:
+        raise SpinError(f"expected a diffusers pipeline folder with model_index.json, got {name}; check base_model")
+    family, index = models.read_index(store.download(f"{name}/model_index.json").parent)
+    for part in family.parts_of(index):
+        files = [path for path in sizes if path.startswith(f"{part}/")]
+        if not files:
+            raise SpinError(f"expected the folder {name}/{part}, got none; upload the whole pipeline")
+        if pickled := [path for path in files if Path(path).suffix in models.PICKLES]:
+            raise SpinError(f"expected safetensors weights, got the pickle {name}/{pickled[0]}; convert and delete it")
+    return f"{name}: {family.pipeline.__name__}, {sum(sizes.values()) / GIB:.1f} GiB"
+
+
+def _data(config: RunConfig, store: Store | None, prepared: bool) -> str:
+    from spin.data.sources import Rejection, Row, read
+
+    if prepared:
+        raise _Skip("the run is prepared")
+    source = config.data.source
+    if source == "emoji":
+        return "emoji, in the package"
+    if source.startswith("s3://"):
+        if store is None:
+            raise _Skip("S3 is out of reach")
+        sizes = store.sizes(source)
+        return f"{source}: {len(sizes)} file(s), {sum(sizes.values()) / GIB:.2f} GiB"
+    items = list(islice(read(config.data, config.train.needs_pairs), ROWS_LOOKED_AT))
+    rows = [item for item in items if isinstance(item, Row)]
+    if not rows:
+        why = next((item.reason for item in items if isinstance(item, Rejection)), "no rows")
+        raise SpinError(f"expected images with captions, got none in the first rows of {source} ({why}); mend the data")
+    return f"{source}: {len(rows)} of the first {len(items)} rows are usable"
+
+
+def _scorer(name: str) -> str:
+    from spin.scorers.clip import Clip
+
+    folder = Path(Clip.find(name))
+    if name != "emoji" and not folder.exists():
+        raise _Skip(f"{name} is a hub name: prepare-data loads it before anything else")
+    files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if "config.json" not in files or not any(file.endswith(".safetensors") for file in files):
+        raise SpinError(f"expected a CLIP folder with safetensors, got {name!r}; set score.clip_model")
+    return name
+
+
+def _pairs(config: RunConfig) -> int:
+    """Return the pairs per iteration where they are known beforehand, else the most that training looks at."""
+    return config.data.limit or max(config.train.steps) * config.train.batch_size
+
+
+def _latent_bytes(config: RunConfig) -> int:
+    # Four channels of half precision at an eighth of the resolution: SD-1.x; families with sixteen have four times it.
+    return 4 * 2 * math.ceil(config.data.resolution / 8) ** 2
+
+
+def _scratch_bytes(config: RunConfig, store: Store | None) -> int:
+    """Return the bytes that a pod's disk must hold: both sides' latents, opponent, player and a checkpoint."""
+    if config.base_model.startswith("s3://"):
+        try:
+            model = sum(store.sizes(config.base_model).values()) if store else HUB_MODEL_BYTES
+        except SpinError:
+            model = HUB_MODEL_BYTES  # the check of the base model says what is wrong with it
+    elif config.base_model == "emoji" or Path(config.base_model).is_dir():
+        from spin import models
+
+        model = sum(path.stat().st_size for path in models.find(config.base_model).rglob("*") if path.is_file())
+    else:
+        model = HUB_MODEL_BYTES
+    return 2 * _pairs(config) * _latent_bytes(config) + COPIES * model
+
+
+def _size(config: RunConfig, iterations: int, gpu_count: int) -> str:
+    pairs = _pairs(config)
+    drawn = iterations * pairs if config.train.needs_losers else 0
+    drawn += (iterations + 1) * 2 * config.score.max_prompts * config.score.images_per_prompt
+    done = passes(config, pairs, iterations)
+    said = f"at most {drawn:,} images, {drawn * _latent_bytes(config) / GIB:.2f} GiB of latents, {done:,} passes"
+    if gpu_count:
+        hours = done * (config.data.resolution / 512) ** 2 / PASSES_PER_SECOND / 3600
+        said += f"; about {hours:,.1f} accelerator-hours if SD-1.5 on A100"
+    return said
+
+
+def _architecture() -> str:
+    return {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+
+
+def _nodes(need: Need) -> str:
+    if not cluster.inside():
+        raise _Skip("not in a cluster")
+    found = cluster.fitting(cluster.Cluster().nodes(), need)
+    return f"{len(found)} node(s) fit, e.g. {found[0].name}"
+
+
+def _quota(gpu_count: int) -> str:
+    if not cluster.inside():
+        raise _Skip("not in a cluster")
+    if not gpu_count:
+        raise _Skip("no accelerator is asked for")
+    left = cluster.Cluster().left().get(f"requests.{ACCELERATOR}")
+    if left is None:
+        return f"no quota of {ACCELERATOR} in {cluster.namespace()}"
+    if left < gpu_count:
+        raise SpinError(
+            f"expected {gpu_count} {ACCELERATOR} within the quota of {cluster.namespace()}, got {left:g} left; wait "
+            "for other runs, lower gpu_count or raise the quota"
+        )
+    return f"{left:g} {ACCELERATOR} left in {cluster.namespace()}"
+
+
+def _disk(needed: int) -> str:
+    if cluster.inside():
+        raise _Skip("each pod's disk is its node's: see nodes")
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if free < needed:
+        raise SpinError(
+            f"expected {needed / GIB:.1f} GiB free in {tempfile.gettempdir()}, got {free / GIB:.1f} GiB; free some or "
+            "set TMPDIR"
+        )
+    return f"{free / GIB:.0f} GiB free, {needed / GIB:.1f} GiB needed"

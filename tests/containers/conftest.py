@@ -1,0 +1,156 @@
+"""A docker daemon, a base image and both images; whatever is missing skips the tests and says so.
+
+No registry is needed: the base image is a Debian with Python, made here. PyTorch for the CPU comes from its usual
+index, or, where that is out of reach, from wherever pip found the one of this environment. What was built is kept in
+``build/docker``.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import docker
+import pytest
+import requests
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+KEPT = ROOT / "build" / "docker"
+BASE_IMAGE = "spin-test/python:bookworm"
+RUNTIME, MLFLOW = "spin-test/runtime-python:test", "spin-test/mlflow:test"
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+
+
+def _answers() -> bool:
+    try:
+        return bool(docker.from_env(timeout=10).ping())
+    except docker.errors.DockerException:
+        return False
+
+
+@pytest.fixture(scope="session")
+def daemon() -> Iterator[None]:
+    """Use the daemon that DOCKER_HOST names or that runs here; else start one and stop it afterwards."""
+    if _answers():
+        yield
+        return
+    if not shutil.which("dockerd") or os.geteuid():
+        pytest.skip("no docker daemon answers, and none can be started here: that needs dockerd and root")
+    KEPT.mkdir(parents=True, exist_ok=True)
+    socket = KEPT / "docker.sock"
+    with (KEPT / "dockerd.log").open("w") as log, pytest.MonkeyPatch.context() as patch:
+        process = subprocess.Popen(
+            [
+                *("dockerd", "--data-root", KEPT / "data", "--exec-root", KEPT / "exec"),
+                *("--pidfile", KEPT / "dockerd.pid", "--host", f"unix://{socket}"),
+            ],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        patch.setenv("DOCKER_HOST", f"unix://{socket}")
+        try:
+            deadline = time.monotonic() + 60
+            while not _answers():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    pytest.skip(f"dockerd does not start: see {KEPT / 'dockerd.log'}")
+                time.sleep(0.5)
+            yield
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+@pytest.fixture(scope="session")
+def client(daemon: None) -> Iterator[docker.DockerClient]:  # noqa: ARG001
+    made = docker.from_env(timeout=600)
+    yield made
+    made.close()
+
+
+def _program() -> str:
+    """Return the docker command of the distribution: another one on the PATH may lack BuildKit."""
+    return "/usr/bin/docker" if Path("/usr/bin/docker").exists() else "docker"
+
+
+@pytest.fixture(scope="session")
+def base_image(client: docker.DockerClient) -> str:
+    if not client.images.list(BASE_IMAGE):
+        if not shutil.which("debootstrap"):
+            pytest.skip(f"no image {BASE_IMAGE}, and no debootstrap to make one")
+        folder = KEPT / "debian"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        packages = "--include=python3,python3-venv,ca-certificates"
+        subprocess.run(["debootstrap", "--variant=minbase", packages, "bookworm", folder], check=True)
+        pack = subprocess.Popen(["tar", "-C", folder, "-c", "."], stdout=subprocess.PIPE)
+        subprocess.run([_program(), "import", "-", BASE_IMAGE], stdin=pack.stdout, check=True)
+        assert pack.wait() == 0
+        shutil.rmtree(folder)
+    return BASE_IMAGE
+
+
+def _build(name: str, tag: str, folder: Path, **arguments: str) -> str:
+    # This machine's way to PyPI, if it has one of its own; as secrets, so that nothing of it stays in the image.
+    settings = folder / "pip.conf"
+    listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
+    cert = CERTIFICATES if "cert=" in listed else ""
+    settings.write_text(f"[global]\ntimeout = 180\n{f'cert = {cert}' if cert else ''}\n")
+    command = [_program(), "build", "--network=host", "--file", f"images/{name}/Dockerfile", "--tag", tag]
+    command += ["--secret", f"id=pip,src={settings}"]
+    if cert:
+        command += ["--secret", f"id=ca,src={CERTIFICATES}"]
+    for key, value in arguments.items():
+        command += ["--build-arg", f"{key}={value}"]
+    done = subprocess.run(
+        [*command, "."], cwd=ROOT, env=os.environ | {"DOCKER_BUILDKIT": "1"}, capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.fail(f"{' '.join(command)}\n{done.stderr[-5000:]}", pytrace=False)
+    return tag
+
+
+@pytest.fixture(scope="session")
+def torch_index(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Give the address of an index with PyTorch for the CPU."""
+    try:
+        requests.head(TORCH_INDEX, timeout=10)
+    except requests.RequestException:
+        folder = tmp_path_factory.mktemp("index")
+        wanted = f"torch=={torch.__version__}"
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder / "torch", wanted]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip(f"{TORCH_INDEX} is out of reach, and pip finds no {wanted} elsewhere")
+        handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+        try:
+            # Always the same port: the address is part of what a built layer is found again by.
+            server = ThreadingHTTPServer(("127.0.0.1", 18099), handler)
+        except OSError:
+            server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        with server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            yield f"http://127.0.0.1:{server.server_port}/"
+            server.shutdown()
+    else:
+        yield TORCH_INDEX
+
+
+@pytest.fixture(scope="session")
+def runtime(base_image: str, torch_index: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the CPU runtime image's name."""
+    arguments = {"BASE_IMAGE": base_image, "TORCH_INDEX": torch_index, "COMMIT": "c0ffee", "VERSION": "0.1.0"}
+    return _build("runtime", RUNTIME, tmp_path_factory.mktemp("runtime"), **arguments)
+
+
+@pytest.fixture(scope="session")
+def mlflow(base_image: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the MLflow server image's name."""
+    arguments = {"BASE_IMAGE": base_image, "COMMIT": "c0ffee", "VERSION": "0.1.0"}
+    return _build("mlflow", MLFLOW, tmp_path_factory.mktemp("mlflow"), **arguments)

@@ -1,0 +1,238 @@
+"""Preflight on real S3 and MLflow servers and an API server over HTTP: one set-up in order, and broken ones."""
+
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from spin import store as store_module
+from spin.__main__ import app
+from spin.errors import SpinError
+from spin.preflight import Check, Report, preflight, refuse
+from tests import tiny
+from tests.integration.conftest import Played
+from tests.integration.world import World
+from tests.kubernetes_api import A100, TAINT, api_server, node, quota
+
+pytestmark = pytest.mark.integration
+TOLERATION = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+GPU_NODE = node("gpu-1", A100, gpus=8, taints=[TAINT])
+CPU_NODE = node("cpu-1")
+
+
+@pytest.fixture
+def check(world: World) -> Callable[..., Report]:
+    def run(**changes: Any) -> Report:
+        tracking_uri = changes.pop("tracking_uri", world.servers.mlflow_uri)
+        options = {
+            "base_model": str(world.base),
+            "data_source": str(world.images),
+            "overrides": tiny.overrides(world.judge),
+            "iterations": 2,
+            "gpu_count": 1,
+            "gpu_node_selector": A100,
+            "gpu_tolerations": TOLERATION,
+        }
+        return preflight(world.place("preflight", tracking_uri), "emoji-cpu", **(options | changes))
+
+    return run
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("KFP_NAMESPACE", "runs")
+    quotas = [quota("requests.nvidia.com/gpu", "8", "6")]
+    with api_server(tmp_path, [CPU_NODE, GPU_NODE], quotas) as kubeconfig:
+        monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
+        yield
+
+
+def failed(report: Report) -> dict[str, Check]:
+    return {check.name: check for check in report.checks if check.verdict == "failed"}
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_good_set_up(world: World, check: Callable[..., Report]) -> None:
+    before = world.names()
+
+    report = check()
+
+    verdicts = {line.name: line.verdict for line in report.checks}
+    assert verdicts.pop("disk") == "skipped"
+    assert set(verdicts.values()) == {"ok"}, report.markdown
+    assert len(verdicts) == 11
+    assert report.faults == ""
+    refuse(report.faults)
+    assert report.markdown.startswith("# Preflight: ready\n")
+    assert "| nodes | ✓ ok | 1 node(s) fit, e.g. gpu-1 |" in report.markdown
+    assert "| quota | ✓ ok | 2 nvidia.com/gpu left in runs |" in report.markdown
+    assert world.names() == before
+
+
+def test_outside_a_cluster_it_says_so(check: Callable[..., Report]) -> None:
+    report = check(gpu_count=0)
+
+    assert failed(report) == {}
+    assert "| nodes | skipped | not in a cluster |" in report.markdown
+    assert "| disk | ✓ ok |" in report.markdown
+
+
+def only(report: Report, name: str) -> str:
+    """Return what the one failed check says; it also says what to do, and stops the run."""
+    faults = failed(report)
+    assert set(faults) == {name}, report.markdown
+    assert faults[name].do
+    assert "1 of " in report.markdown.splitlines()[0]
+    with pytest.raises(SpinError, match=name):
+        refuse(report.faults)
+    return f"{faults[name].found} -> {faults[name].do}"
+
+
+def test_wrong_keys(check: Callable[..., Report], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+
+    assert "check AWS_ACCESS_KEY_ID" in only(check(gpu_count=0), "S3")
+
+
+def test_no_server_at_the_endpoint(world: World) -> None:
+    place = world.place("preflight")
+    options = (str(world.base), str(world.images), tiny.overrides(world.judge))
+    moved = type(place)(place.run_key, place.store_uri, "http://127.0.0.1:1", "")
+
+    assert "check store_endpoint" in only(preflight(moved, "emoji-cpu", *options), "S3")
+
+
+def test_clocks_apart(check: Callable[..., Report], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Late(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.now(tz or UTC) - timedelta(seconds=300)
+
+    monkeypatch.setattr(store_module, "datetime", Late)
+
+    said = only(check(gpu_count=0), "S3 clock")
+    assert "got +300 s" in said or "got +299 s" in said
+    assert "synchronise" in said
+
+
+def test_no_mlflow(check: Callable[..., Report], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+    assert "check tracking_uri" in only(check(gpu_count=0, tracking_uri="http://127.0.0.1:1"), "MLflow")
+
+
+def test_a_host_name_that_mlflow_does_not_know(
+    world: World, check: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve = socket.getaddrinfo
+
+    def resolved(host: Any, *arguments: Any, **options: Any) -> Any:
+        return resolve("127.0.0.1" if host == "mlflow.mlflow" else host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolved)
+    monkeypatch.setenv("no_proxy", "127.0.0.1,mlflow.mlflow")
+    uri = world.servers.mlflow_uri.replace("127.0.0.1", "mlflow.mlflow")
+
+    said = only(check(gpu_count=0, tracking_uri=uri), "MLflow")
+    assert "Invalid Host header" in said
+    assert "MLFLOW_SERVER_ALLOWED_HOSTS" in said
+
+
+def test_a_base_model_with_a_pickle(world: World, check: Callable[..., Report], tmp_path: Path) -> None:
+    shutil.copytree(world.base, tmp_path / "base")
+    (tmp_path / "base" / "unet" / "diffusion_pytorch_model.bin").touch()
+
+    assert "pickle unet/" in only(check(gpu_count=0, base_model=str(tmp_path / "base")), "base model")
+
+
+def test_a_base_model_on_s3(world: World, check: Callable[..., Report]) -> None:
+    client = world.minio()
+    for path in (path for path in world.base.rglob("*") if path.is_file()):
+        client.fput_object("spin", f"models/tiny/{path.relative_to(world.base).as_posix()}", str(path))
+
+    report = check(gpu_count=0, base_model="s3://spin/models/tiny")
+    assert failed(report) == {}
+    assert "s3://spin/models/tiny: StableDiffusionPipeline" in report.markdown
+
+    client.fput_object("spin", "models/tiny/unet/weights.bin", str(world.base / "model_index.json"))
+    assert "pickle s3://spin/models/tiny/unet/weights.bin" in only(
+        check(gpu_count=0, base_model="s3://spin/models/tiny"), "base model"
+    )
+
+
+def test_a_prepared_run_needs_its_sources_no_more(world: World, played: Played) -> None:
+    options = ("emoji-cpu", "/gone/base", "/gone/images", tiny.overrides(world.judge))
+
+    assert failed(preflight(played.place, *options)) == {}
+    assert set(failed(preflight(world.place("new"), *options))) == {"base model", "data"}
+
+
+def test_data_without_captions(world: World, check: Callable[..., Report], tmp_path: Path) -> None:
+    shutil.copy(next(world.images.rglob("*.png")), tmp_path / "a.png")
+
+    assert "expected images with captions" in only(check(gpu_count=0, data_source=str(tmp_path)), "data")
+
+
+def test_a_scorer_without_weights(world: World, check: Callable[..., Report], tmp_path: Path) -> None:
+    shutil.copy(world.judge / "config.json", tmp_path)
+    overrides = tiny.overrides(world.judge)
+    overrides["score"]["clip_model"] = str(tmp_path)
+
+    assert "set score.clip_model" in only(check(gpu_count=0, overrides=overrides), "scorer")
+
+
+def test_options_that_make_no_run(check: Callable[..., Report]) -> None:
+    assert "did you mean 'beta'?" in only(check(gpu_count=0, overrides={"train": {"betta": 1}}), "options")
+
+
+@pytest.mark.usefixtures("cluster")
+def test_no_such_node(check: Callable[..., Report]) -> None:
+    said = only(check(gpu_node_selector={"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}), "nodes")
+
+    assert "nearest is gpu-1: has nvidia.com/gpu.product=NVIDIA-A100-SXM4-80GB, not NVIDIA-H100-80GB-HBM3" in said
+
+
+@pytest.mark.usefixtures("cluster")
+def test_taints_that_are_not_tolerated(check: Callable[..., Report]) -> None:
+    said = only(check(gpu_tolerations=[]), "nodes")
+
+    assert "has the taint nvidia.com/gpu=present:NoSchedule" in said
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_quota_that_is_used_up(check: Callable[..., Report]) -> None:
+    assert "got 2 left" in only(check(gpu_count=4), "quota")
+
+
+def test_an_account_that_may_not_look(
+    check: Callable[..., Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with api_server(tmp_path, [], status=403) as kubeconfig:
+        monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
+        faults = failed(check())
+
+    assert set(faults) == {"nodes", "quota"}
+    assert "access.yaml" in faults["nodes"].do
+
+
+def test_the_table_holds_no_markup() -> None:
+    report = Report([Check("a", "failed", "<script>x|y</script>\nz", "do")])
+
+    assert "| a | ✗ failed | &lt;script>x\\|y&lt;/script> z | do |" in report.markdown
+
+
+def test_the_command(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    servers = ["--store-uri", world.store_uri, "--store-endpoint", world.servers.s3_endpoint]
+    good = CliRunner().invoke(app, ["preflight", *servers])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    bad = CliRunner().invoke(app, ["preflight", *servers])
+
+    assert good.exit_code == 0, good.output
+    assert "Preflight: ready" in good.output
+    assert isinstance(bad.exception, SpinError)
+    assert "Preflight: 1 of " in bad.output

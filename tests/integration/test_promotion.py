@@ -1,0 +1,176 @@
+"""From challenger to champion and back, in a real registry."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from spin.errors import SpinError
+from spin.run import Index
+from spin.stages.promote import promote, rollback
+from spin.stages.register import register
+from tests.integration.conftest import Played
+from tests.integration.world import World
+
+pytestmark = pytest.mark.integration
+
+# Two or three prompts and random weights: a policy that any player passes, and one that none does.
+OPEN: dict[str, Any] = {"fewest_prompts": 1, "better": {}, "win_rate": 0, "not_worse": {"clip_score": 1e6}}
+SHUT: dict[str, Any] = {"fewest_prompts": 1, "better": {"clip_score": 1e6}}
+
+
+class Registered:
+    """The players of the finished run under a registered model of their own."""
+
+    def __init__(self, world: World, name: str):
+        self.world, self.name = world, name
+        world.copy("played", name)
+        self.client = MlflowClient(world.servers.mlflow_uri, world.servers.mlflow_uri)
+        self.uri = world.servers.mlflow_uri
+        self.place = world.place(name, self.uri)
+
+    def register(self, policy: dict[str, Any], iterations: int = 2) -> Index:
+        return register(self.place, self.name, iterations, policy)
+
+    def champion(self) -> str:
+        return str(self.client.get_registered_model(self.name).aliases.get("champion", ""))
+
+    def tags(self, version: str) -> dict[str, str]:
+        tags: dict[str, str] = self.client.get_model_version(self.name, version).tags
+        return tags
+
+
+@pytest.fixture
+def registered(world: World, played: Played, request: pytest.FixtureRequest) -> Registered:
+    assert played
+    return Registered(world, re.sub(r"[^a-z0-9]+", "-", request.node.name)[-60:].strip("-"))
+
+
+def test_a_passed_gate_only_recommends(registered: Registered) -> None:
+    index = registered.register(OPEN)
+    assert index.facts["gate"]["outcome"] == "passed"
+    assert index.facts["gate"]["against"] == "the base"
+    tags = registered.tags(index.facts["version"])
+    assert tags["spin.gate"] == "passed"
+    assert tags["spin.gate_reason"].startswith("against the base: clip_score ")
+    assert '"fewest_prompts":1' in tags["spin.gate_policy"]
+    assert registered.champion() == ""
+
+
+def test_an_automatic_gate_promotes_what_passes(registered: Registered) -> None:
+    index = registered.register(SHUT | {"promote": "automatic"})
+    assert (index.facts["gate"]["outcome"], registered.champion()) == ("failed", "")
+    index = registered.register(OPEN | {"promote": "automatic"})
+    assert registered.champion() == index.facts["version"]
+    assert "gate: against the base" in registered.tags(index.facts["version"])["spin.promoted"]
+
+
+def test_a_challenger_is_judged_against_the_champion(registered: Registered) -> None:
+    challenger = registered.register(OPEN).facts["version"]
+    rival = "2" if challenger == "1" else "1"
+    promote(registered.uri, registered.name, "to be beaten", rival)
+    gate = registered.register(SHUT).facts["gate"]
+    assert (gate["outcome"], gate["against"]) == ("failed", f"champion version {rival}")
+    promote(registered.uri, registered.name, "the better one")
+    gate = registered.register(OPEN | {"confidence": 0.9}).facts["gate"]
+    assert (gate["outcome"], gate["reason"]) == ("champion", f"it is champion version {challenger} already")
+    # What the gate said before it became champion stays to be read.
+    assert registered.tags(challenger)["spin.gate"] == "failed"
+
+
+@pytest.mark.parametrize("tag", ["spin.scored", "spin.scores_digest"])
+def test_a_champion_judged_otherwise_or_elsewhere_cannot_be_compared(registered: Registered, tag: str) -> None:
+    other = f"{registered.name[:50]}-other"
+    registered.world.copy("played", other)
+    rival = register(registered.world.place(other, registered.uri), registered.name, 2, OPEN).facts["version"]
+    promote(registered.uri, registered.name, "of another run", rival)
+    registered.client.set_model_version_tag(registered.name, rival, tag, "0" * 64)
+    index = registered.register(OPEN | {"promote": "automatic"})
+    assert index.facts["gate"]["outcome"] == "incomparable"
+    assert index.facts["gate"]["reason"].endswith("promote by hand")
+    assert registered.champion() == rival
+
+
+def test_promotion_by_hand_and_the_way_back(registered: Registered) -> None:
+    registered.register(SHUT)
+    challenger = registered.client.get_registered_model(registered.name).aliases["challenger"]
+    other = "2" if challenger == "1" else "1"
+    done = promote(registered.uri, registered.name, "the sheet looks better")
+    assert (done["champion"], done["before"], done["gate"]) == (challenger, "", "failed")
+    assert "the sheet looks better" in registered.tags(challenger)["spin.promoted"]
+    promote(registered.uri, registered.name, "second thoughts", other)
+    assert registered.champion() == other
+    done = rollback(registered.uri, registered.name, "hands look wrong")
+    assert (done["champion"], done["before"]) == (challenger, other)
+    assert registered.champion() == challenger
+    assert "hands look wrong" in registered.tags(other)["spin.rolled_back"]
+    with pytest.raises(SpinError, match=r"^expected an earlier champion of .+, got none"):
+        rollback(registered.uri, registered.name, "further")
+    assert registered.champion() == challenger
+
+
+def test_a_champion_that_was_set_in_the_ui_can_be_returned_to(registered: Registered) -> None:
+    registered.register(OPEN)
+    registered.client.set_registered_model_alias(registered.name, "champion", "1")
+    promote(registered.uri, registered.name, "by the command", "2")
+    assert rollback(registered.uri, registered.name, "back")["champion"] == "1"
+    # And one that took the place of a promoted one is left.
+    promote(registered.uri, registered.name, "again", "2")
+    registered.client.set_registered_model_alias(registered.name, "champion", "1")
+    assert rollback(registered.uri, registered.name, "back")["champion"] == "2"
+
+
+def test_what_was_rolled_back_does_not_return_by_itself(registered: Registered) -> None:
+    challenger = registered.register(OPEN).facts["version"]
+    promote(registered.uri, registered.name, "first", "2" if challenger == "1" else "1")
+    promote(registered.uri, registered.name, "second", challenger)
+    rollback(registered.uri, registered.name, "bad")
+    index = registered.register(OPEN | {"promote": "automatic"})
+    assert index.facts["gate"]["outcome"] == "passed"
+    assert registered.champion() != challenger
+
+
+@pytest.mark.parametrize(
+    ("version", "reason", "line"),
+    [
+        ("9", "because", "expected version 9 of 'tiny-player', got none"),
+        ("x", "because", "expected version x of 'tiny-player', got none"),
+        ("", " ", "expected a reason that others can read later, got none; set --reason"),
+    ],
+)
+def test_wrong_promotions_are_told(world: World, played: Played, version: str, reason: str, line: str) -> None:
+    with pytest.raises(SpinError) as refused:
+        promote(world.servers.mlflow_uri, played.model_name, reason, version)
+    assert str(refused.value).startswith(line)
+
+
+def test_an_unknown_model_is_told(world: World) -> None:
+    with pytest.raises(SpinError, match=r"^expected the alias challenger of 'nobody', got none"):
+        promote(world.servers.mlflow_uri, "nobody", "because")
+    with pytest.raises(SpinError, match=r"^expected an earlier champion of 'nobody', got none"):
+        rollback(world.servers.mlflow_uri, "nobody", "because")
+
+
+def test_another_server_does_not_know_what_the_first_was_told(registered: Registered) -> None:
+    """The index in the store says that it is registered; this server says that it is not."""
+    first = registered.register(OPEN)
+    for version in first.facts["versions"].values():
+        registered.client.delete_model_version(registered.name, version)
+    again = registered.register(OPEN)
+    assert again.facts["version"] not in ("", *first.facts["versions"].values())
+    assert registered.tags(again.facts["version"])["spin.digest"] == again.outputs["model"].digest
+
+
+def test_a_wrong_policy_registers_nothing(registered: Registered) -> None:
+    with pytest.raises(SpinError, match=r"^expected a known option of the gate, got 'beter'"):
+        registered.register({"beter": {}})
+    assert registered.world.run(registered.name).find("register") is not None, "the copied one"
+    assert not registered.client.search_registered_models(f"name = '{registered.name}'")
+
+
+def test_commands_are_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "registry.md").read_text()
+    for words in ("spin-diffusion promote", "spin-diffusion rollback", "spin-diffusion report", "mlflow models serve"):
+        assert words in page

@@ -1,0 +1,199 @@
+"""Every overlay: renders as expected, is valid, and keeps the rules."""
+
+import copy
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from pipelines.compiled import check_parameters
+from tests import policy
+
+ROOT = Path(__file__).parents[2]
+MANIFESTS = ROOT / "manifests"
+GOLDEN = ROOT / "tests" / "golden"
+OVERLAYS = sorted(path.name for path in (MANIFESTS / "overlays").iterdir())
+KUBECTL = Path(sys.executable).with_name("kubectl")
+# Custom resources, whose schemas come with their controllers.
+CUSTOM = {"networking.istio.io/v1", "kueue.x-k8s.io/v1beta1"}
+# Servers that keep data in the cluster are part of an overlay, or made by the administrator as the page says.
+EXTERNAL = {"production": {"postgres", "s3-root", "s3-users"}}
+
+RULES = [policy.pod_security, policy.resources, policy.probes, policy.labels, policy.images, policy.secrets]
+
+
+def render(folder: Path) -> str:
+    return subprocess.run([KUBECTL, "kustomize", folder], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture(scope="module", params=OVERLAYS)
+def overlay(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def text(overlay: str) -> str:
+    return render(MANIFESTS / "overlays" / overlay)
+
+
+@pytest.fixture(scope="module")
+def objects(text: str) -> list[policy.Object]:
+    return list(yaml.safe_load_all(text))
+
+
+@pytest.fixture(scope="module")
+def secrets(tmp_path_factory: pytest.TempPathFactory) -> list[policy.Object]:
+    """Return the secrets that the generator and kustomize make of each other's work."""
+    folder = tmp_path_factory.mktemp("manifests") / "secrets"
+    shutil.copytree(MANIFESTS / "secrets", folder, ignore=shutil.ignore_patterns("*.env", "*.json"))
+    for _ in range(2):
+        subprocess.run([sys.executable, folder / "generate.py"], check=True)
+    return [item for part in ("platform", "workspace") for item in yaml.safe_load_all(render(folder / part))]
+
+
+def test_there_is_an_overlay_for_each_place() -> None:
+    assert OVERLAYS == ["gke-a100", "kind", "kubeflow", "production"]
+
+
+def test_it_renders_as_expected(overlay: str, text: str) -> None:
+    golden = GOLDEN / f"manifests-{overlay}.yaml"
+    assert text == golden.read_text(), "if that is what you want: make manifests"
+
+
+def test_every_object_is_valid(objects: list[policy.Object]) -> None:
+    for item in objects:
+        if item["apiVersion"] not in CUSTOM:
+            kubernetes_validate.validate(item, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_an_unknown_field_is_not_valid(objects: list[policy.Object]) -> None:
+    item = copy.deepcopy(next(item for item in objects if item["kind"] == "Deployment"))
+    item["spec"]["template"]["spec"]["containers"][0]["imagePolicy"] = "Always"
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(item, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_names_are_unique(objects: list[policy.Object]) -> None:
+    names = [(policy.name_of(item), policy.namespace_of(item)) for item in objects]
+    assert len(names) == len(set(names))
+
+
+def test_namespaced_objects_have_their_namespace(objects: list[policy.Object]) -> None:
+    for item in objects:
+        assert bool(item["metadata"].get("namespace")) != (item["kind"] in policy.CLUSTER_WIDE), policy.name_of(item)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_it_keeps_the_rule(rule: Any, objects: list[policy.Object]) -> None:
+    assert list(rule(objects)) == []
+
+
+def test_whatever_is_named_is_there(overlay: str, objects: list[policy.Object], secrets: list[policy.Object]) -> None:
+    made = [item for item in secrets if item["metadata"]["name"] not in EXTERNAL.get(overlay, set())]
+    assert list(policy.references(objects, made)) == []
+
+
+def test_connections_are_allowed_at_both_ends(objects: list[policy.Object]) -> None:
+    assert list(policy.network(objects)) == []
+
+
+def test_the_gpu_pools_are_pipeline_parameters(objects: list[policy.Object]) -> None:
+    pools = next(item for item in objects if item["metadata"]["name"] == "spin-gpu-pools")["data"]
+    assert {"a100-80gb.yaml", "a100-40gb.yaml", "h100.yaml", "cpu.yaml"} == set(pools)
+    for text in pools.values():
+        check_parameters(GOLDEN / "spin-diffusion.yaml", yaml.safe_load(text))
+
+
+# What each rule must see: the kind of object, the path to what is changed, its new value (None: removed).
+BROKEN = [
+    (policy.pod_security, "Deployment", ["securityContext", "runAsNonRoot"], False),
+    (policy.pod_security, "Deployment", ["securityContext", "runAsUser"], 0),
+    (policy.pod_security, "Deployment", ["securityContext", "seccompProfile"], None),
+    (policy.pod_security, "Deployment", ["hostNetwork"], True),
+    (policy.pod_security, "Deployment", ["automountServiceAccountToken"], None),
+    (policy.pod_security, "Deployment", ["volumes", 0], {"name": "scratch", "hostPath": {"path": "/"}}),
+    (policy.pod_security, "Deployment", ["volumes", 0], {"name": "scratch", "emptyDir": {}}),
+    (policy.pod_security, "Deployment", ["containers", 0, "securityContext", "allowPrivilegeEscalation"], None),
+    (policy.pod_security, "Deployment", ["containers", 0, "securityContext", "capabilities"], {"drop": ["NET_RAW"]}),
+    (policy.pod_security, "Deployment", ["containers", 0, "securityContext", "readOnlyRootFilesystem"], False),
+    (policy.resources, "Job", ["containers", 0, "resources", "limits"], None),
+    (policy.resources, "Job", ["containers", 0, "resources", "requests", "cpu"], None),
+    (policy.probes, "Deployment", ["containers", 0, "livenessProbe"], None),
+    (policy.images, "Deployment", ["containers", 0, "image"], "spin-diffusion/mlflow"),
+    (policy.images, "Deployment", ["containers", 0, "image"], "spin-diffusion/mlflow:latest"),
+    (policy.images, "Deployment", ["containers", 0, "image"], "spin-diffusion/mlflow:3"),
+    (policy.secrets, "Deployment", ["containers", 0, "env", 0], {"name": "AWS_SECRET_ACCESS_KEY", "value": "x"}),
+]
+
+
+@pytest.mark.parametrize(("rule", "kind", "path", "value"), BROKEN)
+def test_the_rules_see_what_they_forbid(rule: Any, kind: str, path: list[Any], value: Any) -> None:
+    objects = _golden("kind")
+    node: Any = policy.template_of(next(item for item in objects if item["kind"] == kind))["spec"]
+    for part in path[:-1]:
+        node = node[part]
+    if value is None:
+        del node[path[-1]]
+    else:
+        node[path[-1]] = value
+    assert list(rule(objects))
+
+
+def test_missing_references_are_seen(secrets: list[policy.Object]) -> None:
+    objects = _golden("kind")
+    for left_out in ("ConfigMap/mlflow", "ServiceAccount/s3", "PriorityClass/spin-platform", "Service/postgres"):
+        assert list(policy.references([i for i in objects if policy.name_of(i) != left_out], secrets)), left_out
+    for name in ("mlflow-s3", "postgres", "s3-users"):
+        assert list(policy.references(objects, [i for i in secrets if i["metadata"]["name"] != name])), name
+
+
+@pytest.mark.parametrize(
+    "left_out", ["default-deny", "postgres", "postgres-clients", "s3", "s3-clients", "mlflow", "spin-runs"]
+)
+def test_a_missing_end_is_seen(left_out: str) -> None:
+    broken = [i for i in _golden("kind") if i["kind"] != "NetworkPolicy" or i["metadata"]["name"] != left_out]
+    assert list(policy.network(broken))
+
+
+def test_running_the_generator_again_changes_nothing(tmp_path: Path) -> None:
+    def run() -> dict[str, str]:
+        subprocess.run([sys.executable, MANIFESTS / "secrets" / "generate.py", tmp_path], check=True)
+        files = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert all(path.stat().st_mode & 0o777 == 0o600 for path in files)
+        return {path.name: path.read_text() for path in files}
+
+    first = run()
+    assert run() == first
+    (tmp_path / "workspace" / "spin-s3-scorer.env").unlink()
+    rotated = run()
+    assert {name for name in first if rotated[name] != first[name]} == {
+        "spin-s3-scorer.env",
+        "s3.json",
+        "s3-users.env",
+    }
+
+
+def test_both_object_stores_allow_their_users_the_same() -> None:
+    """SeaweedFS's actions and MinIO's policies are two spellings of one table."""
+    words = {"s3:GetObject": "Read", "s3:ListBucket": "List", "s3:PutObject": "Write"}
+    for role, actions in runpy.run_path(str(MANIFESTS / "secrets" / "generate.py"))["ROLES"].items():
+        document = json.loads((MANIFESTS / "components" / "minio" / "policies" / f"{role}.json").read_text())
+        spelt = set()
+        for statement in document["Statement"]:
+            for action in statement["Action"]:
+                for resource in statement["Resource"]:
+                    if action in words:
+                        path = resource.removeprefix("arn:aws:s3:::")
+                        spelt.add(f"{words[action]}:{path.removesuffix('/*') if path.count('/') == 1 else path}")
+        assert spelt == set(actions), role
+
+
+def _golden(overlay: str) -> list[policy.Object]:
+    return list(yaml.safe_load_all((GOLDEN / f"manifests-{overlay}.yaml").read_text()))

@@ -1,0 +1,99 @@
+"""Pictures fit their budget, and charts are well-formed markup whatever the numbers and words are."""
+
+import base64
+import io
+import math
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from spin import charts
+from spin.errors import SpinError
+from spin.page import PICTURE_BYTES, shrunk
+
+EVIL = "<script>alert(1)</script>\"'&"
+
+
+def noise(side: int, seed: int = 0) -> bytes:
+    """Return the picture that compresses worst."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def size_of(source: str) -> tuple[int, int]:
+    return Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/webp;base64,"), validate=True))).size
+
+
+def test_pictures_of_a_large_run_fit() -> None:
+    large = noise(512)
+    # A sheet of 12 prompts with 7 models and the real image, and 8 changes.
+    sources = shrunk(dict.fromkeys(range(12 * 8 + 16), large))
+    assert sum(map(len, sources.values())) <= PICTURE_BYTES
+    width, height = size_of(sources[0])
+    assert 96 <= width == height < 192
+
+
+def test_small_pictures_are_not_enlarged() -> None:
+    assert size_of(shrunk({"a": noise(64)})["a"]) == (64, 64)
+
+
+def test_too_many_pictures_are_told() -> None:
+    with pytest.raises(SpinError, match=r"^expected pictures that fit a page, got 3; lower score.sheet_prompts"):
+        shrunk({n: noise(64) for n in range(3)}, budget=100)
+
+
+def drawn(chart: str) -> ElementTree.Element:
+    assert "nan" not in chart
+    assert "inf" not in chart
+    return ElementTree.fromstring(chart)
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [(1, 0.5), (2, 0.25), (3, math.nan)],
+        [(1, 0.0)],
+        [(1, 2.0), (2, 2.0)],
+        [(1, math.nan)],
+        [(1, -1e-9), (1000, 1e9)],
+    ],
+)
+def test_curves_of_any_numbers(points: list[tuple[float, float]]) -> None:
+    chart = drawn(charts.curves({1: points, 2: [(1, 1.0)]}, EVIL))
+    assert chart.get("aria-label") == EVIL
+    first, second = chart.findall("polyline")
+    assert len(str(first.get("points")).split()) == sum(math.isfinite(y) for _, y in points)
+    assert (first.get("class"), second.get("class")) == ("line c1", "line c2")
+
+
+def test_a_distribution_by_hand() -> None:
+    chart = drawn(charts.distributions({0: np.array([0.0, 0.0, 1.0]), 1: np.ones(3)}, {0: "base", 1: EVIL}, "two"))
+    heights = {name: [] for name in ("bar c0", "bar c1")}
+    for bar in chart.findall("rect"):
+        heights[str(bar.get("class"))].append(float(str(bar.get("height"))))
+    # Shares of the images: 2/3 and 1/3; all of them. The tallest bar is 38 high.
+    assert heights == {"bar c0": [pytest.approx(25.3), pytest.approx(12.7)], "bar c1": [38.0]}
+    assert f"{EVIL}, mean 1" in [text.text for text in chart.findall("text")]
+
+
+def test_bars_by_hand() -> None:
+    share = {"value": 0.5, "low": 0.25, "high": 1.0}
+    chart = drawn(charts.bars([("one", 1, share), (EVIL, 2, share)], "wins"))
+    assert [bar.get("width") for bar in chart.findall("rect")] == ["162.0", "162.0"]
+    assert "one: 0.50 [0.25, 1.00]" in [text.text for text in chart.findall("text")]
+
+
+def test_colours_repeat_but_never_as_the_bases() -> None:
+    assert [charts.colour(k) for k in (0, 1, 6, 7, 12, 13)] == ["c0", "c1", "c6", "c1", "c6", "c1"]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-0.05, 2.3), (1e-6, 3e-6), (-700, 90000)])
+def test_ticks_are_round_and_inside(low: float, high: float) -> None:
+    found = charts.ticks(low, high)
+    assert 2 <= len(found) <= 6
+    assert all(low <= tick <= high for tick in found)
+    assert all(len(f"{tick:.3g}") <= 6 for tick in found)
