@@ -179,5 +179,5 @@ def test_the_report_shows_every_row_and_the_choice(run: Run, rows: list[Row]) ->
     text = comparison("run", rows[0].scores[0], stage("comparison", facts=facts))
     assert "| spin 1 (best on validation) | 2" in text
     assert f"| {100 * lines[2]['gain_share']:+.0f} % |" in text
-    assert "| sft | 36 s, 8 | 72 s, 8 | 36 s, 8 | 25 % / 50 % / 25 % | 0.030 |" in text
+    assert "| sft | 36 s, 8 | 72 s, 8 | 36 s, 8 | 25 % / 50 % / 25 % | 0.320 |" in text
     assert "30 test prompts, 2 image(s) each, 2 training seed(s)" in text
