@@ -181,6 +181,14 @@ class Run:
         self.store.write_json(self._path(index.stage), index.model_dump(mode="json"))
         return index
 
+    def put_part(self, stage: str, folder: Path) -> Ref:
+        """Store what an unfinished stage has so far, as an object of this run and stage alone.
+
+        Another run may come to the same content; removing its parts must not take this one's.
+        """
+        (folder / "whose.txt").write_text(f"{self.key} {stage}")
+        return self.store.put_folder(folder)
+
     def read_progress(self, stage: str) -> dict[str, Any] | None:
         """Return the progress document of an unfinished stage (its last checkpoint), if any."""
         found: dict[str, Any] | None = self.store.read_json(self._path(f"{stage}.progress"))

@@ -181,9 +181,7 @@ class _Progress:
 
     def add(self, folder: Path, clock: Clock) -> None:
         """Store a chunk, then the word of it."""
-        # Another run may come to the same images; removing its chunks must not take this one's.
-        (folder / "whose.txt").write_text(f"{self.run.key} {self.stage}")
-        self.chunks.append(self.run.store.put_folder(folder))
+        self.chunks.append(self.run.put_part(self.stage, folder))
         self.folders.append(folder)
         self.run.write_progress(
             self.stage,

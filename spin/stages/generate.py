@@ -228,7 +228,7 @@ class _Progress:
 
     def keep(self, folder: Path, batches: int, seconds: float) -> None:
         """Store one more part, with which ``batches`` are done."""
-        self.parts.append(self.run.store.put_folder(folder))
+        self.parts.append(self.run.put_part(self.stage, folder))
         shutil.rmtree(folder)
         parts = [part.model_dump(mode="json") for part in self.parts]
         spent = round(self.before + seconds, 2)

@@ -161,7 +161,7 @@ def _train(
 
     def store_checkpoint(path: Path, step: int, seconds: float) -> None:
         nonlocal kept
-        older, ref = kept, run.store.put_folder(path)
+        older, ref = kept, run.put_part(stage, path)
         run.write_progress(
             stage,
             {"inputs": identity, "step": step, "checkpoint": ref.model_dump(mode="json"), "seconds": round(seconds, 2)},
