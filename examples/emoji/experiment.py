@@ -50,9 +50,10 @@ def best_of(train: dict[str, Any], steps: int, every: int, patience: int) -> dic
 
 ARMS: dict[str, dict[str, Any]] = {
     "sft": {"train": SFT},
-    "sft-best": best_of(SFT, 800, 40, 5),
+    "sft-best": best_of({**SFT, "learning_rate": 3e-4}, 800, 40, 5),
     "sft-lora": {"train": {**SFT, "lora_rank": 16, "learning_rate": 1e-3}},
-    "spin": {"train": SPIN},
+    "dpo": {"train": {"objective": "dpo", "pairs": "ranked"}},
+    "spin": {"train": {**SPIN, **MILD, "loser_gradient_scale": 0.5}},
 }
 SEARCHES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "sft": (1, {f"lr{lr:g}": best_of({**SFT, "learning_rate": lr}, 800, 40, 4) for lr in (3e-5, 1e-4, 3e-4)}),
