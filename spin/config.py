@@ -92,6 +92,16 @@ class GenerateConfig(_Config):
         return self.model_copy(update={"guidance_scale": self.opponent_guidance or self.guidance_scale})
 
 
+def foreign_to(objective: str, pairs: str) -> set[str]:
+    """Return the options of training that an objective does not read."""
+    foreign = {
+        "exact-spin": {"shared_noise", "min_snr", "loser_gradient_scale", "previous_share"},
+        "sft": {"shared_noise", "loser_gradient_scale", "previous_share", "link"},
+        "dpo": {"previous_share"} if pairs == "ranked" else {"previous_share", "ranked_draws"},
+    }.get(objective, set())
+    return foreign if objective == "dpo" else foreign | {"pairs", "ranked_draws"}
+
+
 class TrainConfig(_Config):
     """How the player learns. Defaults are those of the paper's SD-1.5 runs (method section 5.1, rebuttal B.1)."""
 
@@ -195,16 +205,8 @@ class TrainConfig(_Config):
 
     @model_validator(mode="after")
     def _options_of_the_objective(self) -> Self:
-        plain, foreign = type(self).model_fields, set()
-        if self.objective == "exact-spin":
-            foreign = {"shared_noise", "min_snr", "loser_gradient_scale", "previous_share"}
-        elif self.objective == "sft":
-            foreign = {"shared_noise", "loser_gradient_scale", "previous_share", "link"}
-        elif self.objective == "dpo":
-            foreign = {"previous_share"} if self.ranks else {"previous_share", "ranked_draws"}
-        if self.objective != "dpo":
-            foreign |= {"pairs", "ranked_draws"}
-        for name in sorted(foreign):
+        plain = type(self).model_fields
+        for name in sorted(foreign_to(self.objective, self.pairs)):
             if (value := getattr(self, name)) != plain[name].default:
                 raise ValueError(
                     f"expected {name} as it is for objective {self.objective}, got {value!r}; it has no use"
@@ -374,12 +376,19 @@ def integral(value: Any) -> Any:
 def override(config: RunConfig, overrides: dict[str, Any]) -> RunConfig:
     """Return ``config`` with ``overrides`` such as ``{"train": {"beta": [3000]}}`` applied and checked.
 
+    With another objective, options that it does not read are no longer the config's own, but the defaults.
+
     Raises:
         SpinError: an unknown key (the nearest right name is offered) or a value outside its range.
     """
     if not isinstance(overrides, dict):
         raise SpinError(f"expected overrides as a mapping like {{'train': {{'beta': [3000]}}}}, got {overrides!r}")
     try:
-        return RunConfig.model_validate(merge(config.model_dump(mode="json"), integral(overrides)))
+        merged = merge(config.model_dump(mode="json"), integral(overrides))
+        train = merged["train"]
+        if isinstance(train.get("objective"), str) and train["objective"] != config.train.objective:
+            for name in foreign_to(train["objective"], train["pairs"]) - overrides["train"].keys():
+                train[name] = TrainConfig.model_fields[name].default
+        return RunConfig.model_validate(merged)
     except ValidationError as error:
         raise SpinError(f"{_readable(error)} (in overrides)") from None

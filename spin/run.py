@@ -133,7 +133,9 @@ class Run:
         known = self.store.read_json(self._path("run"))
         if known is None:
             return False
-        if changes := _changes(known["config"], config.model_dump(mode="json")):
+        # An option that is newer than the run had its default's effect before it was one.
+        begun = self._parsed(RunConfig, "run", known["config"])
+        if changes := _changes(begun.model_dump(mode="json"), config.model_dump(mode="json")):
             raise SpinError(
                 f"expected the config that run {self.key!r} began with, got {'; '.join(changes[:3])}; choose another "
                 "run key, or the old options to resume"

@@ -37,7 +37,7 @@ from spin.stats import bootstrap_seeds, per_prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 SFT = {"objective": "sft", "learning_rate": 1e-4}
-SPIN = {"learning_rate": 6e-5, "beta": [300], "steps": [40]}
+SPIN = {"learning_rate": 6e-5, "beta": [300], "steps": [40], "loser_gradient_scale": 1.0}
 
 MILD = {"loser_gradient_scale": 0.3, "steps": [80]}
 UNGUIDED = {"opponent_guidance": 1}
@@ -60,7 +60,7 @@ SEARCHES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "spin": (
         1,
         {
-            f"lr{lr:g}-b{beta}": best_of({"learning_rate": lr, "beta": [beta]}, 120, 20, 3)
+            f"lr{lr:g}-b{beta}": best_of({**SPIN, "learning_rate": lr, "beta": [beta]}, 120, 20, 3)
             for lr in (2e-5, 6e-5)
             for beta in (100, 300, 1000)
         },
@@ -157,7 +157,7 @@ def main(
             "iterations": iterations,
             "seeds": seeds,
             "split": split,
-            "overrides": {"score": measured},
+            "overrides": {"score": measured, "generate": {"roundtrip": False}},
             "generate_shards": 1,
             "gpu_count": 0,
             "store_uri": "s3://spin",

@@ -52,6 +52,15 @@ def test_same_config_resumes(world: World, run: Run) -> None:
     assert world.documents(run.key) == before
 
 
+def test_a_run_older_than_an_option_resumes(world: World, run: Run) -> None:
+    older = CONFIG.model_dump(mode="json")
+    del older["train"]["ema_decay"]
+    world.store().write_json(f"runs/{run.key}/run.json", {"config": older})
+    assert run.began(CONFIG)
+    with pytest.raises(SpinError, match=r"train\.ema_decay 0\.0 -> 0\.9"):
+        run.began(changed(train={"ema_decay": 0.9}))
+
+
 @pytest.mark.parametrize("method", ["began", "begin"])
 def test_changed_config_names_the_options(world: World, run: Run, method: str) -> None:
     run.begin(CONFIG)

@@ -204,3 +204,11 @@ def test_every_preset_is_valid_and_survives_json(name: str) -> None:
 def test_a_sharded_player_is_not_asked_to_draw() -> None:
     message = refusal({"train": {"sharding": "fsdp", "validate_every": 10}})
     assert "expected validate_every 0 with sharding fsdp, got 10; set steps instead" in message
+
+
+def test_another_objective_drops_options_that_it_does_not_read() -> None:
+    mild = override(preset("sd15-paper"), {"train": {"loser_gradient_scale": 0.5, "previous_share": 0.2}})
+    sft = override(mild, {"train": {"objective": "sft"}})
+    assert (sft.train.loser_gradient_scale, sft.train.previous_share) == (1, 0)
+    assert override(mild, {"train": {"objective": "spin"}}) == mild
+    assert "loser_gradient_scale" in refusal({"train": {"objective": "sft", "loser_gradient_scale": 0.5}})
