@@ -301,6 +301,13 @@ def assemble(
     return Model(family, parts[family.denoiser], parts["vae"], family.assemble(index, parts), schedule)
 
 
+def _lay_out(network: Denoiser, layout: torch.memory_format) -> None:
+    # Module.to does the same, but not to a network that was shared out over processes.
+    for weight in network.parameters():
+        if weight.dim() == 4:
+            weight.data = weight.data.contiguous(memory_format=layout)
+
+
 def export(opponent: Path, denoiser: Denoiser, target: Path) -> None:
     """Write the player as a pipeline folder: the opponent's files, with the denoiser's weights replaced.
 
@@ -318,9 +325,9 @@ def export(opponent: Path, denoiser: Denoiser, target: Path) -> None:
     )
     fresh = target / f"{name}-new"
     # safetensors knows one layout alone; the caller's network keeps its own.
-    denoiser.to(memory_format=torch.contiguous_format)
+    _lay_out(denoiser, torch.contiguous_format)
     denoiser.save_pretrained(fresh, safe_serialization=True)
-    denoiser.to(memory_format=torch.channels_last)
+    _lay_out(denoiser, torch.channels_last)
     for weights in fresh.glob("*.safetensors*"):
         weights.replace(target / name / weights.name)
     shutil.rmtree(fresh)

@@ -203,7 +203,8 @@ class Trainer:
     def _make_players(self, compiled: bool) -> None:
         denoiser, device = self.model.denoiser, self.model.device
         if self.sharded:
-            denoiser.cpu()
+            # What is shared out must lie in the plain layout.
+            denoiser.cpu().to(memory_format=torch.contiguous_format)
         if self.config.lora_rank:
             from peft import LoraConfig
 

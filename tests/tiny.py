@@ -238,10 +238,10 @@ def overrides(judge_folder: Path, **train: object) -> dict[str, object]:
     """Return overrides of the emoji-cpu preset for these models."""
     return {
         "data": {"resolution": RESOLUTION, "min_size": 16, "held_out_share": 0.3, "encode_batch": 8},
-        "generate": {"num_inference_steps": 2, "batch_size": 4, "guidance_scale": 2},
+        "generate": {"num_inference_steps": 2, "batch_size": 4, "guidance_scale": 2, "roundtrip": False},
         "train": {
             "steps": [3], "batch_size": 8, "micro_batch_size": 4, "checkpoint_every": 1,
-            "stop_when_converged": False, **train,
+            "stop_when_converged": False, "loser_gradient_scale": 1, **train,
         },
         "score": {
             "clip_model": str(judge_folder), "template": "{prompt}", "styles": [], "bootstrap": 50, "sheet_prompts": 3,
