@@ -78,7 +78,7 @@ class Killer:
 
 
 def curves(pipeline: Pipeline) -> dict[str, list[tuple[int, float]]]:
-    """Return the loss curve of every iteration as MLflow shows it."""
+    """Return the loss curve of every iteration as MLflow shows it: by step, whenever its points came."""
     client = MlflowClient(pipeline.servers.mlflow_uri)
     experiment = client.get_experiment_by_name(f"e2e-{pipeline.key}")
     assert experiment
@@ -86,7 +86,7 @@ def curves(pipeline: Pipeline) -> dict[str, list[tuple[int, float]]]:
     for k in range(1, ITERATIONS + 1):
         stage = iteration_stage(k, "train")
         (run,) = client.search_runs([experiment.experiment_id], f"tags.`spin.stage` = '{stage}'")
-        found[stage] = [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, "loss")]
+        found[stage] = sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, "loss"))
     return found
 
 

@@ -52,7 +52,7 @@ def test_scoring_goes_on_where_it_was_killed(world: World, monkeypatch: pytest.M
     """
     monkeypatch.setattr("spin.scoring.CHUNK", 4)
     whole = score(prepared(world, "unbroken", images_per_prompt=5), 0).index
-    place = prepared(world, "killed", images_per_prompt=5)
+    place = prepared(world, "scoring-killed", images_per_prompt=5)
     drawn: list[int] = []
     images: list[weakref.ref[Image.Image]] = []
     real = spin.scoring.draw
@@ -69,17 +69,17 @@ def test_scoring_goes_on_where_it_was_killed(world: World, monkeypatch: pytest.M
     monkeypatch.setattr("spin.scoring.draw", draw)
     with pytest.raises(KeyboardInterrupt):
         score(place, 0)
-    progress = world.run("killed").read_progress("iteration-000/score")
+    progress = world.run("scoring-killed").read_progress("iteration-000/score")
     assert progress is not None
     assert len(progress["chunks"]) == 2
-    assert world.run("killed").find("iteration-000/score") is None
+    assert world.run("scoring-killed").find("iteration-000/score") is None
     drawn[:] = [0] * 3
     index = score(place, 0).index
     assert sum(drawn[3:]) == index.items - 8
     assert index.outputs == whole.outputs
     assert index.facts == whole.facts
     # What the chunks held is in the outputs now.
-    assert world.run("killed").read_progress("iteration-000/score") is None
+    assert world.run("scoring-killed").read_progress("iteration-000/score") is None
     assert all(f"folders/{ref['digest']}.json" not in world.names("folders/") for ref in progress["chunks"])
 
 
@@ -111,7 +111,7 @@ def test_a_file_of_prompts_stands_for_the_test_split(world: World, tmp_path: Pat
     assert found["metrics"]["clip_score"]["value"] == pytest.approx(values.mean(), abs=1e-4)
     assert found["best_of_n"]["clip_score"]["value"] == pytest.approx(values.max(1).mean(), abs=1e-4)
     assert found["by_category"]["two"]["clip_score"]["value"] == pytest.approx(values[1:].mean(), abs=1e-4)
-    assert "<b>" not in scored.html
+    assert "<b>cat" not in scored.html
 
 
 def test_a_score_that_is_no_number_stops_the_stage(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,8 @@ def server(world: World, played: Played, tmp_path_factory: pytest.TempPathFactor
     hidden = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "PYTHONPATH")
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
     environment |= {"MLFLOW_TRACKING_URI": world.servers.mlflow_uri, "OMP_NUM_THREADS": "1"}
+    # As in an activated environment: MLflow looks for its web server by name.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     command = [
         *(str(Path(sys.executable).with_name("mlflow")), "models", "serve", "--env-manager", "local"),
         *("-m", f"models:/{played.model_name}@challenger", "--port", str(port)),

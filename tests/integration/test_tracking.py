@@ -249,7 +249,7 @@ def test_resumed_training_continues_its_curve(
 def test_an_evicted_stage_is_killed_not_failed(
     client: MlflowClient, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = world.place("evicted", world.servers.mlflow_uri)
+    place = world.place("evicted-and-told", world.servers.mlflow_uri)
     world.prepare(place)
     generate(place, 1)
 
@@ -261,17 +261,17 @@ def test_an_evicted_stage_is_killed_not_failed(
         patch.setattr(Trainer, "train_step", stop)
         with pytest.raises(SystemExit):
             train(place, 1)
-    run = only(client, "evicted", "iteration-001/train")
+    run = only(client, "evicted-and-told", "iteration-001/train")
     assert (run.info.status, run.data.tags["spin.failure"]) == (
         "KILLED",
         "asked to stop (SIGTERM); run the stage again to go on",
     )
-    assert only(client, "evicted", "pipeline").info.status == "KILLED"
+    assert only(client, "evicted-and-told", "pipeline").info.status == "KILLED"
     train(place, 1)
-    run = only(client, "evicted", "iteration-001/train")
+    run = only(client, "evicted-and-told", "iteration-001/train")
     assert run.info.status == "FINISHED"
     assert "spin.failure" not in run.data.tags
-    assert only(client, "evicted", "pipeline").info.status == "RUNNING"
+    assert only(client, "evicted-and-told", "pipeline").info.status == "RUNNING"
 
 
 def test_scores_are_a_table_of_each_stage(client: MlflowClient, world: World, played: Played) -> None:
