@@ -160,7 +160,6 @@ def spin_comparison(
         seeds=seeds,
         shards=generate_shards,
         split=split,
-        accelerators=gpu_count,
         **where,
     ).after(rivals, players)
     with_secrets(with_retries(place_on_cpu(compared, cpu="1", memory="4Gi")), **secrets).set_display_name(

@@ -241,7 +241,7 @@ def costs(rows: Sequence[Row]) -> list[dict[str, Any]]:
     ``mfu``: FLOPs as a share of what the accelerators could have done in that time, all seeds and shards together.
     """
     table = []
-    for row in rows[1:]:
+    for row in rows:
         line: dict[str, Any] = {"title": row.title}
         for phase in ("generate", "train", "score"):
             found = [stage for stage in row.stages if stage.stage.split("/")[1].startswith(phase)]

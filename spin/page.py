@@ -146,7 +146,7 @@ def build(run: Run, iteration: int) -> Pages:
 
 def _spent(found: Gathered) -> list[dict[str, Any]]:
     """Return what every iteration took; the losers came in as many shards as training read."""
-    rows = [Row("base", "", 0, found.scored[:1], [])]
+    rows = []
     for k, trained in enumerate(found.trained, 1):
         shards = len(trained.inputs["losers"])
         drawn = [found.run.need(shard_stage(k, shard, shards), "the report") for shard in range(shards)]

@@ -126,13 +126,13 @@ def preflight(
         return f"{preset}, {config.train.objective}, {whole_iteration(iterations, 1)} iteration(s)"
 
     check("options", options)
-    opened: list[Store] = []
+    opened: list[tuple[Store, float]] = []
     if check("S3", lambda: _store(place, opened)):
-        check("S3 clock", lambda: _clock(opened[0]))
+        check("S3 clock", lambda: _clock(opened[0][1]))
     check("MLflow", lambda: _mlflow(place))
     if config:
         plan = config
-        store = opened[0] if opened else None
+        store = opened[0][0] if opened else None
         prepared = False
 
         def run() -> str:
@@ -163,16 +163,14 @@ class _Skip(Exception):
     """There is nothing to check, and why."""
 
 
-def _store(place: Place, opened: list[Store]) -> str:
+def _store(place: Place, opened: list[tuple[Store, float]]) -> str:
     store = Store(place.store_uri, place.store_endpoint)
     store.check()
-    store.probe()
-    opened.append(store)
+    opened.append((store, store.probe()))
     return f"{store.uri} at {store.endpoint}: put, get and delete"
 
 
-def _clock(store: Store) -> str:
-    ahead = store.probe()
+def _clock(ahead: float) -> str:
     if abs(ahead) > MOST_CLOCK_SECONDS:
         raise SpinError(
             f"expected clocks that agree within {MOST_CLOCK_SECONDS:.0f} s, got {ahead:+.0f} s; synchronise the clocks "

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spin.data.dataset import Prompt
+from spin.data.sources import MAX_CAPTION
 from spin.download import download
 from spin.errors import SpinError
 from spin.store import Ref, Store
@@ -21,7 +22,6 @@ from spin.store import Ref, Store
 COLUMNS = ("prompt", "text", "caption")
 """Names under which a prompt is looked for, the preferred one first; case does not matter."""
 ENDINGS = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet")
-MOST_CHARACTERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,9 @@ def read(source: str) -> list[Prompt]:
     found = []
     for number, (text, category) in enumerate(rows):
         prompt = " ".join(text.split())
-        if not prompt or len(prompt) > MOST_CHARACTERS:
+        if not prompt or len(prompt) > MAX_CAPTION:
             raise SpinError(
-                f"expected a prompt of 1 to {MOST_CHARACTERS} characters, got {len(prompt)} in row {number + 1} of "
+                f"expected a prompt of 1 to {MAX_CAPTION} characters, got {len(prompt)} in row {number + 1} of "
                 f"{source!r} (score.prompts); mend or remove it"
             )
         id, times = hashlib.sha256(prompt.encode()).hexdigest()[:16], seen[prompt]

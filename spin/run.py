@@ -192,16 +192,15 @@ class Run:
         return self.store.put_folder(folder)
 
     def read_progress(self, stage: str) -> dict[str, Any] | None:
-        """Return the progress document of an unfinished stage (its last checkpoint), if any."""
+        """Return the progress document of an unfinished stage, if any; ``Progress`` says what is in it."""
         found: dict[str, Any] | None = self.store.read_json(self._path(f"{stage}.progress"))
         return found
 
-    def drop_progress(self, stage: str) -> None:
-        """Forget the progress of a stage that has finished."""
-        self.store.remove_json(self._path(f"{stage}.progress"))
-
     def write_progress(self, stage: str, value: dict[str, Any]) -> None:
         self.store.write_json(self._path(f"{stage}.progress"), value)
+
+    def drop_progress(self, stage: str) -> None:
+        self.store.remove_json(self._path(f"{stage}.progress"))
 
 
 def iteration_stage(iteration: int, stage: str) -> str:

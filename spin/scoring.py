@@ -24,13 +24,14 @@ from spin.data.dataset import Dataset, HeldOut, Prompt
 from spin.emoji import Split
 from spin.errors import SpinError
 from spin.measures import AVERAGE, average, measure, with_average
+from spin.progress import Progress, forget
 from spin.run import Clock, Index, Run, producer
 from spin.sampling import batches, decode, fast_precision, sample_latents
 from spin.scorers import PRIMARY, Scorer, Setting, load, load_all, scored
 from spin.scorers.frechet import Features, frechet_distance
 from spin.seeding import noise_of
 from spin.stages import logger
-from spin.store import Ref, digest_of
+from spin.store import Ref
 from spin.weights import Weights
 
 CHUNK = 256
@@ -73,24 +74,31 @@ def score_player(
         jobs: list[Job] = [(row, sample) for row in mine for sample in range(n)]
         # Whole batches: an image's neighbours in its batch, and so its last bit, do not depend on the chunks.
         chunks += [(split, [jobs[i] for i in part]) for part in batches(len(jobs), max(1, CHUNK // size) * size)]
-    progress, model = _Progress(run, stage, inputs), None
+    progress, model = Progress(run, stage, inputs), None
+    before, weights = progress.seconds, progress.facts.get("weights", {})
+    if progress.parts:
+        logger.info("%s: going on after %d chunks", stage, len(progress.parts))
+    features = Features(config.score.frechet_model, models.best_device()) if config.score.frechet_model else None
     with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
         work = Path(scratch)
-        if len(progress.chunks) < len(chunks):
+        if len(progress.parts) < len(chunks):
             model = models.load(run.store.get(player))
             setting = Setting(config.score, model.device, Weights(config.score.weights, run.store.download))
             scorers = load_all(setting)
-            features = _features(config, model.device)
             flops = flops_per_image(model, data.latents_shape, config.generate, decoded=True)
             model.compile_for(config.compile, sum(len(part) for _, part in chunks))
-            progress.begin(setting.weights.digests)
-            _same_weights(earlier, progress.weights)
-            drawn, whole = sum(len(part) for _, part in chunks[: len(progress.chunks)]), sum(len(p) for _, p in chunks)
-            for number in range(len(progress.chunks), len(chunks)):
+            if progress.parts and weights != setting.weights.digests:
+                logger.warning("%s: starting anew, the scorers' weights are others than before", stage)
+                progress.restart()
+                before = 0.0
+            weights = dict(setting.weights.digests)
+            _same_weights(earlier, weights)
+            drawn, whole = sum(len(part) for _, part in chunks[: len(progress.parts)]), sum(len(p) for _, p in chunks)
+            for number in range(len(progress.parts), len(chunks)):
                 split, part = chunks[number]
                 folder = work / f"chunk-{number:05d}"
                 _write(folder, split, part, draw(model, config, part, data.latents_shape), scorers, features)
-                progress.add(folder, clock)
+                progress.add(folder, before + clock.seconds, weights=weights)
                 drawn += len(part)
                 logger.info("iteration %d: scoring, %d of %d images drawn", iteration, drawn, whole)
         names = with_average(config.score.scorers)
@@ -105,24 +113,24 @@ def score_player(
         report.contact_sheet(images, shown).save(work / "sheet.png")
         outputs["sheet"] = run.store.put_file(work / "sheet.png")
         table = pq.read_table(work / "scores.parquet")
-        if config.score.frechet_model:
+        if features:
             _join([folder / "features.parquet" for folder in progress.folders], work / "features.parquet")
             outputs["features"] = run.store.put_file(work / "features.parquet")
-            distances = _distances(config, rows, pq.read_table(work / "features.parquet"))
+            distances = _distances(features, rows, pq.read_table(work / "features.parquet"))
     facts: dict[str, Any] = {
         "prompts": {split: len(mine) for split, mine in rows.items()},
         "images_per_prompt": n,
-        "weights": progress.weights,
-        **({"frechet_distance": distances} if config.score.frechet_model else {}),
+        "weights": weights,
+        **({"frechet_distance": distances} if features else {}),
     }
-    before = {
+    rivals = {
         report.row_name(index.iteration): pq.read_table(run.store.get(index.outputs["scores"])) for index in earlier
     }
     for split in SPLITS:
-        known = {title: _of(split, theirs) for title, theirs in before.items()}
+        known = {title: _of(split, theirs) for title, theirs in rivals.items()}
         for kind, found in measure(_of(split, table), known, names, n, config.score.bootstrap).items():
             facts.setdefault(kind, {})[split] = found
-    seconds, spent = progress.seconds(clock), dict[str, float]()
+    seconds, spent = round(before + clock.seconds, 2), dict[str, float]()
     if model:
         precision = fast_precision(model.device)
         spent = cost(model.device, precision, flops, len(table), seconds, accelerators)
@@ -139,68 +147,8 @@ def score_player(
             producer=producer(),
         )
     )
-    progress.clean()
+    forget(run, stage)
     return index
-
-
-class _Progress:
-    """The chunks of an unfinished stage that are in the store already.
-
-    What an attempt with other inputs left is forgotten.
-    """
-
-    def __init__(self, run: Run, stage: str, inputs: dict[str, Any]):
-        self.run, self.stage, self.identity = run, stage, digest_of(inputs)
-        known = run.read_progress(stage) or {}
-        same = known.get("inputs") == self.identity
-        self.chunks = [Ref.model_validate(ref) for ref in known["chunks"]] if same else []
-        self.weights: dict[str, str] = known["weights"] if same else {}
-        self._before = float(known["seconds"]) if same else 0.0
-        self.folders: list[Path] = []
-        """Where the chunks are on this machine."""
-        try:
-            self.folders = [run.store.get(ref) for ref in self.chunks]
-        except SpinError as error:
-            logger.warning("%s: starting anew, a chunk cannot be read (%s)", stage, error)
-            self._forget()
-        if self.chunks:
-            logger.info("%s: going on after %d chunks", stage, len(self.chunks))
-
-    def _forget(self) -> None:
-        self.chunks, self.folders, self._before = [], [], 0.0
-
-    def begin(self, weights: dict[str, str]) -> None:
-        """Note the digests of the scorers' weights; scores by others are not gone on with."""
-        if self.chunks and weights != self.weights:
-            logger.warning("%s: starting anew, the scorers' weights are others than before", self.stage)
-            self._forget()
-        self.weights = dict(weights)
-
-    def seconds(self, clock: Clock) -> float:
-        return round(self._before + clock.seconds, 2)
-
-    def add(self, folder: Path, clock: Clock) -> None:
-        """Store a chunk, then the word of it."""
-        self.chunks.append(self.run.put_part(self.stage, folder))
-        self.folders.append(folder)
-        self.run.write_progress(
-            self.stage,
-            {
-                "inputs": self.identity,
-                "chunks": [ref.model_dump(mode="json") for ref in self.chunks],
-                "weights": self.weights,
-                "seconds": self.seconds(clock),
-            },
-        )
-
-    def clean(self) -> None:
-        """Remove what a finished stage no longer needs; a store that forbids it costs space, not the run."""
-        try:
-            for ref in self.chunks:
-                self.run.store.remove(ref)
-            self.run.drop_progress(self.stage)
-        except SpinError as error:
-            logger.warning("the chunks of %s stay in the store (%s)", self.stage, error)
 
 
 def _same_weights(earlier: Sequence[Index], weights: dict[str, str]) -> None:
@@ -218,17 +166,12 @@ def _same_weights(earlier: Sequence[Index], weights: dict[str, str]) -> None:
                 )
 
 
-def _features(config: RunConfig, device: torch.device) -> Features | None:
-    return Features(config.score.frechet_model, device) if config.score.frechet_model else None
-
-
-def _distances(config: RunConfig, rows: dict[Split, Sequence[Row]], drawn: pa.Table) -> dict[str, float]:
+def _distances(features: Features, rows: dict[Split, Sequence[Row]], drawn: pa.Table) -> dict[str, float]:
     """Return the Fréchet distance to the real images of each split that has some."""
-    features = _features(config, models.best_device())
     found: dict[str, float] = {}
     for split, mine in rows.items():
         real = [row.image for row in mine if isinstance(row, HeldOut)]
-        if features and len(real) > 1:
+        if len(real) > 1:
             found[split] = frechet_distance(np.array(_of(split, drawn)["features"].to_pylist()), features.of(real))
     return found
 

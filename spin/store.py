@@ -406,15 +406,15 @@ class Store:
 
     def _send(self, key: str, path: Path, digest: str) -> None:
         """Upload a file; what the server has is compared with what was meant, as not every server checks what came."""
-        for pause in (*ARRIVALS, None):
+
+        def fault() -> str:
             sent = self._client.fput_object(self.bucket, self.prefix + key, str(path), part_size=PART_BYTES)
             # With keys of its own (SSE-KMS) a server's tag says nothing: what it holds is read then.
             if sent.etag == etag_of(path) or self._holds(key, digest):
-                return
-            if pause is None:
-                break
-            time.sleep(pause)
-        raise SpinError(f"expected {self.uri}/{key} to arrive whole, got another digest; check the network")
+                return ""
+            return f"expected {self.uri}/{key} to arrive whole, got another digest; check the network"
+
+        self._until_whole(fault)
 
     def _holds(self, key: str, digest: str) -> bool:
         response = self._client.get_object(self.bucket, self.prefix + key)
@@ -447,7 +447,7 @@ class Store:
         self._until_whole(fault)
 
     def _until_whole(self, fault: Callable[[], str]) -> None:
-        """Call ``fault`` until it has fetched something whole, some seconds apart; raise its last word otherwise."""
+        """Call ``fault`` until it has moved something whole, some seconds apart; raise its last word otherwise."""
         for pause in (*ARRIVALS, None):
             with self._errors():
                 try:

@@ -13,7 +13,6 @@ def compare_players(
     seeds: int,
     shards: int,
     split: str,
-    accelerators: int,
     store_uri: str,
     store_endpoint: str,
     tracking_uri: str,
@@ -30,7 +29,6 @@ def compare_players(
         seeds: As they were planned.
         shards: Number of shards that losers were drawn in.
         split: Prompts that the table is on, validation or test.
-        accelerators: Accelerators per task, for the accelerator-hours.
         store_uri: s3://bucket/prefix of runs and objects.
         store_endpoint: Address of the S3 server.
         tracking_uri: Address of the MLflow server.
@@ -44,7 +42,7 @@ def compare_players(
     from spin.stages import Place
     from spin.stages.compare import gather
 
-    place = Place(run_key, store_uri, store_endpoint, tracking_uri, experiment, accelerators)
+    place = Place(run_key, store_uri, store_endpoint, tracking_uri, experiment)
     compared = gather(place, arms, iterations, seeds, shards, split)
     for title, row in compared.index.facts["rows"].items():
         metrics.log_metric(title, row[PRIMARY]["value"])

@@ -75,7 +75,7 @@ def gather(
             "best_on_validation": chosen,
             "seeds": seeds,
             "rows": {line["title"]: line for line in lines},
-            "costs": {line["title"]: line for line in costs(rows)},
+            "costs": {line["title"]: line for line in costs(rows[1:])},
         }
         index = run.finish(
             Index(

@@ -1,6 +1,5 @@
 """generate-synthetic: the opponent draws the losers for one shard of the prompts that training will see."""
 
-import shutil
 import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from spin import tracking
 from spin.config import RunConfig
 from spin.errors import SpinError
+from spin.progress import Progress, forget
 from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iteration, whole_shards
 from spin.stages import Place, logger
-from spin.store import Ref, digest_of
+from spin.store import Ref
 
 if TYPE_CHECKING:
     from spin.data.dataset import Dataset, Prompt
@@ -78,7 +78,7 @@ def generate(place: Place, iteration: int, shard: int = 0, shards: int = 1) -> I
         inputs["ranked"] = {"draws": config.train.ranked_draws, "score": score}
     with tracking.stage(place, stage, iteration) as log:
         if index := run.find(stage, inputs):
-            _clean(run, stage)
+            forget(run, stage)
             logger.info("iteration %d: shard %d of %d complete", iteration, shard + 1, shards)
         else:
             index = _generate(run, config, iteration, stage, opponent, dataset, inputs, clock, place.accelerators)
@@ -112,16 +112,18 @@ def _generate(
     mine = list(shard_batches(len(prompts), options.batch_size, shard, shards))
     if not config.train.needs_losers:
         logger.info("iteration %d: %s needs no losers, none are drawn", iteration, config.train.objective)
-    progress = _Progress(run, stage, digest_of(inputs))
+    progress = Progress(run, stage, inputs)
+    before = progress.seconds
     # A scorer makes pairs of several draws of a prompt; else there is one, the loser.
     ranks = config.train.ranks
     samples: list[tuple[int, ...]] = [(i,) for i in range(config.train.ranked_draws)] if ranks else [()]
     drawn: dict[str, list[torch.Tensor]] = {"losers": [], "winners": []} if ranks else {"losers": []}
     ids: list[str] = []
+    done = progress.facts.get("batches", 0)
     total = sum(len(rows) for rows in mine) * len(samples)
-    if folders := progress.folders():
+    if progress.folders:
         for side in drawn:
-            kept = Latents([folder / f"{side}.safetensors" for folder in folders])
+            kept = Latents([folder / f"{side}.safetensors" for folder in progress.folders])
             ids = kept.ids
             drawn[side].append(kept.of(ids))
         logger.info("iteration %d: shard %d of %d: going on after %d images", iteration, shard + 1, shards, len(ids))
@@ -135,7 +137,7 @@ def _generate(
     with tempfile.TemporaryDirectory(prefix="spin-") as scratch, ThreadPoolExecutor(1) as uploads:
         fresh, since = len(ids), time.monotonic()
         upload: Future[None] | None = None
-        for number, rows in enumerate(mine[progress.batches :], progress.batches + 1):
+        for number, rows in enumerate(mine[done:], done + 1):
             names, asked = [prompts[row].id for row in rows], [prompts[row].prompt for row in rows]
             draws = []
             for sample in samples:
@@ -157,7 +159,7 @@ def _generate(
                 shards,
                 len(ids) * len(samples),
                 total,
-                len(ids) * len(samples) / max(progress.before + clock.seconds, 1e-3),
+                len(ids) * len(samples) / max(before + clock.seconds, 1e-3),
             )
             if time.monotonic() - since > SECONDS_BETWEEN_PARTS and number < len(mine):
                 # The next batch is drawn beside the upload.
@@ -167,7 +169,7 @@ def _generate(
                 folder.mkdir()
                 for side, parts in drawn.items():
                     Latents.write(folder / f"{side}.safetensors", ids[fresh:], torch.cat(parts)[fresh:])
-                upload = uploads.submit(progress.keep, folder, number, clock.seconds)
+                upload = uploads.submit(progress.add, folder, before + clock.seconds, batches=number)
                 fresh, since = len(ids), time.monotonic()
         if upload:
             upload.result()
@@ -176,7 +178,7 @@ def _generate(
             path = Path(scratch) / f"{side}.safetensors"
             Latents.write(path, ids, torch.cat(parts) if parts else torch.zeros(0, *pairs.latents_shape))
             outputs[side] = run.store.put_file(path)
-    seconds = round(progress.before + clock.seconds, 2)
+    seconds = round(before + clock.seconds, 2)
     if mine:
         spent = cost(model.device, precision, flops, total, seconds, accelerators)
     index = run.finish(
@@ -196,53 +198,5 @@ def _generate(
             producer=producer(),
         )
     )
-    _clean(run, stage)
+    forget(run, stage)
     return index
-
-
-class _Progress:
-    """The parts of a shard that are stored already.
-
-    Attributes:
-        parts, batches: what they are, and how many batches they hold.
-        before: seconds that earlier attempts spent on them.
-    """
-
-    def __init__(self, run: Run, stage: str, identity: str):
-        self.run, self.stage, self.identity = run, stage, identity
-        self.parts: list[Ref] = []
-        self.batches, self.before = 0, 0.0
-        found = run.read_progress(stage)
-        if found and found["inputs"] == identity:
-            self.parts = [Ref.model_validate(part) for part in found["parts"]]
-            self.batches, self.before = found["batches"], found["seconds"]
-
-    def folders(self) -> list[Path]:
-        """Return the folders of the parts; none where they cannot be read any more."""
-        try:
-            return [self.run.store.get(part) for part in self.parts]
-        except SpinError as error:
-            logger.warning("%s: starting anew, a part cannot be read (%s)", self.stage, error)
-            self.parts, self.batches, self.before = [], 0, 0.0
-            return []
-
-    def keep(self, folder: Path, batches: int, seconds: float) -> None:
-        """Store one more part, with which ``batches`` are done."""
-        self.parts.append(self.run.put_part(self.stage, folder))
-        shutil.rmtree(folder)
-        parts = [part.model_dump(mode="json") for part in self.parts]
-        spent = round(self.before + seconds, 2)
-        self.run.write_progress(
-            self.stage, {"inputs": self.identity, "parts": parts, "batches": batches, "seconds": spent}
-        )
-
-
-def _clean(run: Run, stage: str) -> None:
-    """Remove the parts of a finished shard, the word of them first; a store that forbids it costs space alone."""
-    if progress := run.read_progress(stage):
-        try:
-            run.drop_progress(stage)
-            for part in progress["parts"]:
-                run.store.remove(Ref.model_validate(part))
-        except SpinError as error:
-            logger.warning("parts of %s stay in the store (%s)", stage, error)

@@ -15,12 +15,12 @@ from typing import Any
 
 from spin import tracking
 from spin.config import RunConfig
-from spin.errors import SpinError
 from spin.processes import joined, rank, spread
+from spin.progress import Progress, forget
 from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iteration, whole_shards
 from spin.stages import Place, logger
 from spin.stages.generate import opponent_of, shard_stage
-from spin.store import Ref, digest_of
+from spin.store import Ref
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -69,7 +69,7 @@ def train(place: Place, iteration: int, shards: int = 1, processes: int = 0) -> 
     index = run.find(stage, inputs)
     processes = processes or max(1, place.accelerators)
     if index:
-        _clean(run, stage)
+        forget(run, stage)
         logger.info("iteration %d: training complete, player %s", iteration, index.outputs["model"].digest[:12])
     elif processes > 1 and not joined():
         spread(processes, train, place, iteration, shards, processes)
@@ -132,19 +132,10 @@ def _train(
         latents(best),
         models.compiles(config.compile, model.device, config.train.consumes(iteration)),
     )
-    identity = digest_of(inputs)
-    progress = run.read_progress(stage)
-    kept: Ref | None = None
-    resume: Path | None = None
-    before = 0.0
-    if progress and progress["inputs"] == identity:
-        try:
-            kept = Ref.model_validate(progress["checkpoint"])
-            resume, before = run.store.get(kept), progress["seconds"]
-            logger.info("iteration %d: resuming from step %d", iteration, progress["step"])
-        except SpinError as error:
-            logger.warning("iteration %d: starting anew, the checkpoint cannot be read (%s)", iteration, error)
-            kept = None
+    progress = Progress(run, stage, inputs)
+    resume, before = next(iter(progress.folders), None), progress.seconds
+    if resume:
+        logger.info("iteration %d: resuming from step %d", iteration, progress.facts["step"])
     spoken = 0.0
 
     def on_step(step: int, measures: dict[str, float]) -> None:
@@ -160,16 +151,8 @@ def _train(
             logger.info("iteration %d: step %d of %d  %s", iteration, step, trainer.steps, shown)
 
     def store_checkpoint(path: Path, step: int, seconds: float) -> None:
-        nonlocal kept
-        older, ref = kept, run.put_part(stage, path)
-        run.write_progress(
-            stage,
-            {"inputs": identity, "step": step, "checkpoint": ref.model_dump(mode="json"), "seconds": round(seconds, 2)},
-        )
+        progress.replace(path, seconds, step=step)
         shutil.rmtree(path)
-        kept = ref
-        if older and older.digest != ref.digest:
-            _discard(run, older)
 
     upload: Future[None] | None = None
 
@@ -240,29 +223,9 @@ def _train(
             producer=producer(),
         )
     )
-    _clean(run, stage)
+    forget(run, stage)
     trainer.accelerator.wait_for_everyone()
     return index
-
-
-def _discard(run: Run, checkpoint: Ref) -> None:
-    """Remove a checkpoint; a store that forbids it costs space, not the run."""
-    try:
-        run.store.remove(checkpoint)
-    except SpinError as error:
-        logger.warning("a checkpoint that is no longer needed stays in the store (%s)", error)
-
-
-def _clean(run: Run, stage: str) -> None:
-    """Remove what a finished stage no longer needs: the word of its last checkpoint, then the checkpoint."""
-    if progress := run.read_progress(stage):
-        try:
-            run.drop_progress(stage)
-        except SpinError as error:
-            # The word must never name what is gone.
-            logger.warning("the last checkpoint of %s stays in the store (%s)", stage, error)
-        else:
-            _discard(run, Ref.model_validate(progress["checkpoint"]))
 
 
 @contextmanager

@@ -111,7 +111,7 @@ def test_a_killed_run_goes_on_to_the_same_player(
         assert "iteration 1: training complete, player" in said
     else:
         assert progress
-        assert f"iteration 1: resuming from step {progress['step']}" in said
+        assert f"iteration 1: resuming from step {progress['facts']['step']}" in said
     assert "iteration 1: shard 1 of 2 complete" in said
     assert pipeline.digests()[iteration_stage(2, "train")] == whole.digests()[iteration_stage(2, "train")]
     assert pipeline.digests() == whole.digests()

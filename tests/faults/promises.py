@@ -68,7 +68,7 @@ def _listing(bucket: Bucket, name: str, names: set[str]) -> Iterator[str]:
 def _refs(name: str, data: bytes) -> list[Ref]:
     document: dict[str, Any] = json.loads(data)
     if name.endswith(".progress.json"):
-        return [Ref.model_validate(value) for value in document.values() if isinstance(value, dict)]
+        return [Ref.model_validate(part) for part in document["parts"]]
     return list(Index.model_validate(document).outputs.values())
 
 

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from minio import Minio
 from mlflow import MlflowClient
 
-from pipelines.laptop import REGION, Laptop
+from pipelines.laptop import Laptop
 from spin.run import iteration_stage
 from spin.stages.generate import shard_stage
 from tests.faults.promises import Bucket, broken
+from tests.integration.world import minio_of
 from tests.local_run import ITERATIONS, SHARDS, Pipeline, kill, tiny_options
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(7200)]
@@ -100,13 +100,7 @@ def test_killed_anywhere_it_ends_the_same(
     whole.succeed(LONG)
     seconds, wanted, shown = time.monotonic() - began, whole.digests(), curves(whole)
     struck: Counter[str] = Counter()
-    client = Minio(
-        laptop_servers.s3_endpoint.removeprefix("http://"),
-        laptop_servers.access_key,
-        laptop_servers.secret_key,
-        secure=False,
-        region=REGION,
-    )
+    client = minio_of(laptop_servers)
     for number in range(runs):
         key = f"killed-{seed}-{number}"
         pipeline = Pipeline(laptop_servers, tmp_path / key, options, key)

@@ -47,8 +47,8 @@ def sound(store: Store) -> bool:
 
 def there_and_back(store: Store, folder: Path) -> None:
     ref = store.put_folder(folder)
-    store.write_json("runs/r/train.progress.json", {"checkpoint": ref.model_dump()})
-    assert store.read_json("runs/r/train.progress.json") == {"checkpoint": ref.model_dump()}
+    store.write_json("runs/r/train.progress.json", {"parts": [ref.model_dump()]})
+    assert store.read_json("runs/r/train.progress.json") == {"parts": [ref.model_dump()]}
     assert same(store.get(ref), folder)
 
 

@@ -71,7 +71,7 @@ def test_scoring_goes_on_where_it_was_killed(world: World, monkeypatch: pytest.M
         score(place, 0)
     progress = world.run("scoring-killed").read_progress("iteration-000/score")
     assert progress is not None
-    assert len(progress["chunks"]) == 2
+    assert len(progress["parts"]) == 2
     assert world.run("scoring-killed").find("iteration-000/score") is None
     drawn[:] = [0] * 3
     index = score(place, 0).index
@@ -80,7 +80,7 @@ def test_scoring_goes_on_where_it_was_killed(world: World, monkeypatch: pytest.M
     assert index.facts == whole.facts
     # What the chunks held is in the outputs now.
     assert world.run("scoring-killed").read_progress("iteration-000/score") is None
-    assert all(f"folders/{ref['digest']}.json" not in world.names("folders/") for ref in progress["chunks"])
+    assert all(f"folders/{ref['digest']}.json" not in world.names("folders/") for ref in progress["parts"])
 
 
 def test_other_weights_are_not_put_beside(world: World, tmp_path: Path) -> None:

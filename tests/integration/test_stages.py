@@ -412,7 +412,7 @@ def test_interrupted_training_ends_as_if_it_had_not_been(
     assert run.find("iteration-001/train") is None
     progress = run.read_progress("iteration-001/train")
     assert progress is not None
-    assert progress["step"] == 1
+    assert progress["facts"]["step"] == 1
     took, steps = Trainer.train_step, []
 
     def take(self: Trainer, stop: Callable[[], bool]) -> dict[str, float]:
@@ -464,12 +464,12 @@ def test_an_evicted_pod_leaves_its_last_step(world: World, tmp_path: Path) -> No
     assert (said := re.search(r"asked to stop, step (\d+) is kept; run again to go on", first))
     progress = world.run("evicted").read_progress("iteration-001/train")
     assert progress is not None
-    assert progress["step"] == int(said[1]) > 0
-    older = Ref.model_validate(progress["checkpoint"])
+    assert progress["facts"]["step"] == int(said[1]) > 0
+    older = Ref.model_validate(progress["parts"][0])
     assert f"resuming from step {said[1]}" in evict(tmp_path / "second.log")
     progress = world.run("evicted").read_progress("iteration-001/train")
     assert progress is not None
-    assert progress["step"] > int(said[1])
+    assert progress["facts"]["step"] > int(said[1])
     # The checkpoint that it replaces is gone.
     assert not [name for name in world.names("folders/") if older.digest in name]
 
@@ -496,7 +496,7 @@ def test_a_checkpoint_that_is_gone_costs_time_alone(
             train(place, 1)
     progress = world.run("robbed").read_progress("iteration-001/train")
     assert progress is not None
-    world.store().remove(Ref.model_validate(progress["checkpoint"]))
+    world.store().remove(Ref.model_validate(progress["parts"][0]))
     again = train(place, 1)
     assert again.outputs["model"] == played.indexes["iteration-001/train"].outputs["model"]
 
@@ -506,7 +506,7 @@ def test_checkpoint_of_other_inputs_is_not_resumed(world: World) -> None:
     place = shared(world, "stale")
     generate(place, 1)
     run = world.run("stale")
-    run.write_progress("iteration-001/train", {"inputs": "0" * 64, "step": 2, "checkpoint": {}, "seconds": 1.0})
+    run.write_progress("iteration-001/train", {"inputs": "0" * 64, "parts": [], "seconds": 1.0, "facts": {"step": 2}})
     assert [row["step"] for row in history(world, train(place, 1))] == [1, 2, 3]
 
 

@@ -232,7 +232,7 @@ def test_resumed_training_continues_its_curve(
     assert only(client, "resumed", "pipeline").info.status == "FAILED"
     assert stopped.data.tags["spin.failure"] == "in the middle"
     assert [step for step, _ in points(client, stopped, "loss")] == [1, 2, 3]
-    assert world.run("resumed").read_progress("iteration-001/train")["step"] == 2
+    assert world.run("resumed").read_progress("iteration-001/train")["facts"]["step"] == 2
     train(place, 1)
     run = only(client, "resumed", "iteration-001/train")
     assert run.info.run_id == stopped.info.run_id

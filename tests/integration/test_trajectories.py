@@ -159,7 +159,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
         command = [sys.executable, "-m", "spin", *world.command("train", key, "--iteration=1")]
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
-            while not ((progress := run.read_progress(stage)) and progress["step"] >= 6):
+            while not ((progress := run.read_progress(stage)) and progress["facts"]["step"] >= 6):
                 assert process.poll() is None, (tmp_path / "log").read_text()
                 time.sleep(0.02)
         finally:

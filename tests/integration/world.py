@@ -22,6 +22,11 @@ BUCKET, PREFIX = "spin", "tests"
 EXPERIMENT = "tests"
 
 
+def minio_of(servers: Laptop) -> Minio:
+    host = servers.s3_endpoint.removeprefix("http://")
+    return Minio(host, servers.access_key, servers.secret_key, secure=False, region=REGION)
+
+
 @dataclass(frozen=True)
 class World:
     """The servers, a base model, a judge, and a folder of images."""
@@ -40,8 +45,7 @@ class World:
 
     def minio(self) -> Minio:
         """Return a client that does to the store what its own code never would."""
-        host = self.servers.s3_endpoint.removeprefix("http://")
-        return Minio(host, self.servers.access_key, self.servers.secret_key, secure=False, region=REGION)
+        return minio_of(self.servers)
 
     def names(self, prefix: str = "") -> set[str]:
         """Return the names of all objects below ``prefix`` in the store."""
