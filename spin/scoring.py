@@ -24,6 +24,7 @@ from spin.data.dataset import Dataset, HeldOut, Prompt
 from spin.emoji import Split
 from spin.errors import SpinError
 from spin.measures import AVERAGE, average, measure, with_average
+from spin.memory import room_for
 from spin.progress import Progress, forget
 from spin.run import Clock, Index, Run, producer
 from spin.sampling import batches, decode, fast_precision, sample_latents
@@ -228,8 +229,9 @@ def draw(model: models.Model, config: RunConfig, jobs: Sequence[Job], shape: tup
     for part in batches(len(jobs), config.generate.batch_size):
         chunk = [jobs[i] for i in part]
         noise = torch.stack([noise_of(shape, "score", config.score.seed, row.id, sample) for row, sample in chunk])
-        latents = sample_latents(model, [row.prompt for row, _ in chunk], noise, config.generate, precision)
-        images += [Image.fromarray(image) for image in decode(model, latents, precision).numpy()]
+        with room_for(f"generate.batch_size {config.generate.batch_size}"):
+            latents = sample_latents(model, [row.prompt for row, _ in chunk], noise, config.generate, precision)
+            images += [Image.fromarray(image) for image in decode(model, latents, precision).numpy()]
     return images
 
 

@@ -102,6 +102,7 @@ def _generate(
     from spin import models
     from spin.accounting import cost, flops_per_image
     from spin.data.dataset import Dataset, Latents
+    from spin.memory import room_for
     from spin.sampling import batches, fast_precision, roundtrip, sample_latents, shard_batches
     from spin.scoring import best_and_worst, primary_scorer
     from spin.seeding import noise_of
@@ -143,8 +144,9 @@ def _generate(
             for sample in samples:
                 name = ("generate", options.seed, iteration)
                 noise = torch.stack([noise_of(pairs.latents_shape, *name, id, *sample) for id in names])
-                latents = sample_latents(model, asked, noise, options, precision)
-                draws.append((roundtrip(model, latents, precision) if options.roundtrip else latents).cpu())
+                with room_for(f"generate.batch_size {options.batch_size}"):
+                    latents = sample_latents(model, asked, noise, options, precision)
+                    draws.append((roundtrip(model, latents, precision) if options.roundtrip else latents).cpu())
             if scorer:
                 winners, losers = best_and_worst(torch.stack(draws), model, scorer, asked, precision)
                 drawn["winners"].append(winners)

@@ -163,6 +163,7 @@ def _write(target: Path, config: RunConfig, model: "Model") -> tuple[Counter[str
 
     from spin.data.dataset import MOST_VALIDATION, Latents
     from spin.data.sources import Rejection, Row, read
+    from spin.memory import room_for
     from spin.sampling import autocast, fast_precision
 
     target.mkdir()
@@ -182,7 +183,7 @@ def _write(target: Path, config: RunConfig, model: "Model") -> tuple[Counter[str
             if images[0] is None:
                 continue
             pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
-            with autocast(model.device, precision):
+            with room_for(f"data.encode_batch {config.data.encode_batch}"), autocast(model.device, precision):
                 latents[side].append(model.encode(pixels.float() / 127.5 - 1).half().cpu())
         ids.extend(row.id for row in waiting)
         waiting.clear()

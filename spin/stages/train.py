@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,8 @@ def _train(
         upload = uploads.submit(store_checkpoint, path, trainer.step, before + clock.seconds)
 
     # Before the first step, and before a checkpoint is loaded, the player is its opponent.
-    before_training, snr = errors_on_grid(trainer), gradient_snr(trainer)
+    before_training = trainer.fitting(partial(errors_on_grid, trainer))
+    snr = trainer.fitting(partial(gradient_snr, trainer))
     facts: dict[str, Any] = {"beta": beta}
     selection = None
     if config.train.validate_every:
@@ -182,7 +184,8 @@ def _train(
                 finally:
                     if upload:
                         upload.result()
-            held_out = measure(before_training, errors_on_grid(trainer)) | {"gradient_snr": snr}
+            after_training = trainer.fitting(partial(errors_on_grid, trainer))
+            held_out = measure(before_training, after_training) | {"gradient_snr": snr}
             word, reason = verdict(held_out, selection.best_step if selection else None)
             facts["held_out"] = held_out
         except Stopped:
@@ -203,7 +206,7 @@ def _train(
         rows = [{key: value for key, value in row.items() if key != "seconds"} for row in trainer.history]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         outputs["history"] = run.store.put_file(path)
-    facts["steps"] = trainer.step
+    facts |= {"steps": trainer.step, "micro_batch_size": trainer.micro_batch_size}
     if selection:
         facts |= {"best_step": selection.best_step, "validation_score": selection.best_score}
     if rows:
