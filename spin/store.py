@@ -40,6 +40,7 @@ PATIENT = urllib3.Retry(total=9, backoff_factor=0.5, backoff_max=30, status_forc
 ARRIVALS = (1.0, 4.0, 10.0)
 """Seconds to wait before an object that came damaged, or that a slow server does not show yet, is fetched again."""
 FULL = ("InsufficientStorage", "QuotaExceeded", "XMinioAdminBucketQuotaExceeded", "XMinioStorageFull")
+TAKEN = ("PreconditionFailed", "ConditionalRequestConflict")
 PART_BYTES = 64 * 2**20
 """Larger files go up in parts of this size."""
 ENDPOINT = re.compile(r"(?P<scheme>(?i:https?))://(?P<host>(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>\d{1,5}))?)/?")
@@ -290,6 +291,27 @@ class Store:
             self._client.put_object(
                 self.bucket, self.prefix + key, io.BytesIO(data), len(data), content_type="application/json"
             )
+
+    def create_json(self, key: str, value: Any) -> bool:
+        """Write a small JSON document where there is none; of several at once, one does. Return whether it was this.
+
+        A server that knows no condition on writes lets the last one win.
+        """
+        data = json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode()
+        with self._errors():
+            try:
+                # The client has no public way to make a condition.
+                self._client._put_object(
+                    self.bucket, self.prefix + key, data, {"Content-Type": "application/json", "If-None-Match": "*"}
+                )
+            except S3Error as error:
+                if error.code == "NotImplemented":
+                    self.write_json(key, value)
+                    return True
+                if error.code not in TAKEN:
+                    raise
+                return False
+        return True
 
     def remove_json(self, key: str) -> None:
         """Remove the JSON document at ``key``, if there is one."""

@@ -110,11 +110,20 @@ def _experiment(client: Any, name: str) -> str:
 
 def _find_or_create(client: Any, place: Place, experiment: str, stage: str, tags: Mapping[str, str]) -> Any:
     where = f"tags.`{RUN_KEY}` = '{place.run_key}' and tags.`{STAGE}` = '{stage}'"
-    found = client.search_runs([experiment], where, order_by=["attributes.start_time ASC"], max_results=1)
-    if found:
-        return found[0]
+    oldest = ["attributes.start_time ASC", "attributes.run_id ASC"]
+
+    def find() -> Any:
+        return next(iter(client.search_runs([experiment], where, order_by=oldest, max_results=1)), None)
+
+    if found := find():
+        return found
     name = place.run_key if stage == PARENT else stage
-    return client.create_run(experiment, run_name=name, tags={RUN_KEY: place.run_key, STAGE: stage, **tags})
+    made = client.create_run(experiment, run_name=name, tags={RUN_KEY: place.run_key, STAGE: stage, **tags})
+    # Shards that find none at once make one each.
+    if (first := find()) and first.info.run_id != made.info.run_id:
+        client.delete_run(made.info.run_id)
+        return first
+    return made
 
 
 def _parent(client: Any, place: Place, experiment: str) -> Any:
