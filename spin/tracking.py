@@ -32,7 +32,7 @@ from spin.store import digest_of, digest_of_file
 
 SECONDS_BETWEEN_FLUSHES = 3.0
 SECONDS_BEFORE_RETRY = 20.0
-# A server that hangs may take this share of a stage's time.
+# A server that hangs, or is slow, may take this share of a stage's time.
 LARGEST_SHARE = 0.1
 RUN_KEY, STAGE, ITERATION, INDEX = "spin.run_key", "spin.stage", "spin.iteration", "spin.index_digest"
 FAILURE = "spin.failure"
@@ -175,7 +175,7 @@ class StageLog:
         self._backlog: list[Callable[[], None]] = []
         self._points: list[tuple[int, int, dict[str, float]]] = []
         self._sent: set[int] = set()
-        self._away_until = self._flushed = 0.0
+        self._away_until = self._flush_at = 0.0
         self._status = "FINISHED"
         self._failed_before = False
         self.warned = False
@@ -250,9 +250,10 @@ class StageLog:
     def step(self, step: int, measures: Mapping[str, float]) -> None:
         """Log one training step; points are sent in batches every few seconds."""
         self._points.append((step, int(time.time() * 1000), dict(measures)))
-        if time.monotonic() - self._flushed > SECONDS_BETWEEN_FLUSHES:
-            self._flushed = time.monotonic()
+        if (started := time.monotonic()) > self._flush_at:
             self._flush()
+            now = time.monotonic()
+            self._flush_at = now + max(SECONDS_BETWEEN_FLUSHES, (now - started) / LARGEST_SHARE)
 
     def _flush(self) -> None:
         points, self._points = self._points, []

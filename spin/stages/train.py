@@ -6,7 +6,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -140,7 +140,11 @@ def _train(
     spoken = 0.0
 
     def on_step(step: int, measures: dict[str, float]) -> None:
-        nonlocal spoken
+        nonlocal spoken, resume
+        if resume:
+            # What the interrupted attempt did not get to tell comes before what follows.
+            log.curves(told(trainer.history[:-1]))
+            resume = None
         log.step(step, measures)
         if time.monotonic() - spoken > SECONDS_BETWEEN_LINES or step == trainer.steps:
             spoken = time.monotonic()
@@ -202,8 +206,7 @@ def _train(
             models.export(folder, player, work / "model")
             outputs["rejected" if word == "diverged" else "model"] = run.store.put_folder(work / "model")
         path = work / "history.jsonl"
-        # Seconds differ from run to run; the history's digest should not.
-        rows = [{key: value for key, value in row.items() if key != "seconds"} for row in trainer.history]
+        rows = told(trainer.history)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         outputs["history"] = run.store.put_file(path)
     facts |= {"steps": trainer.step, "micro_batch_size": trainer.micro_batch_size}
@@ -229,6 +232,11 @@ def _train(
     forget(run, stage)
     trainer.accelerator.wait_for_everyone()
     return index
+
+
+def told(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """Return a history without the seconds, which differ from run to run; its digest should not."""
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
 
 
 @contextmanager
