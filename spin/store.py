@@ -40,6 +40,8 @@ PATIENT = urllib3.Retry(total=9, backoff_factor=0.5, backoff_max=30, status_forc
 ARRIVALS = (1.0, 4.0, 10.0)
 """Seconds to wait before an object that came damaged, or that a slow server does not show yet, is fetched again."""
 FULL = ("InsufficientStorage", "QuotaExceeded", "XMinioAdminBucketQuotaExceeded", "XMinioStorageFull")
+MOST_SECONDS_APART = 5 * 60
+"""Servers refuse requests whose clock is 5 to 15 minutes off."""
 TAKEN = ("PreconditionFailed", "ConditionalRequestConflict")
 PART_BYTES = 64 * 2**20
 """Larger files go up in parts of this size."""
@@ -79,6 +81,11 @@ def canonical(value: Any) -> bytes:
 def digest_of(value: Any) -> str:
     """Return the SHA-256 of a JSON value, in hex."""
     return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def seconds_ahead(date: str | None) -> float:
+    """Return how far a server's clock is ahead of this one, by the ``Date`` of the answer that has just come."""
+    return (parsedate_to_datetime(date) - datetime.now(UTC)).total_seconds() if date else 0.0
 
 
 def listing_of(folder: Path) -> dict[str, dict[str, Any]]:
@@ -181,11 +188,15 @@ class Store:
                     f"expected room in the bucket, got {error.code} {where}; free or add space and start the run again "
                     "with the same run key"
                 ) from None
-            if error.code == "RequestTimeTooSkewed":
+            refused = error.code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "ExpiredToken")
+            ahead = seconds_ahead(error.response.headers.get("Date"))
+            # An answer to HEAD has no body, so that it cannot say why.
+            if error.code == "RequestTimeTooSkewed" or (refused and abs(ahead) > MOST_SECONDS_APART):
                 raise SpinError(
-                    f"expected clocks that agree, got {error.code} {where}; synchronise this node's clock"
+                    f"expected clocks that agree, got {error.code} from a server whose clock is {abs(ahead):.0f} s "
+                    f"{'ahead' if ahead > 0 else 'behind'} {where}; synchronise this node's clock"
                 ) from None
-            if error.code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "ExpiredToken"):
+            if refused:
                 raise SpinError(
                     f"expected S3 keys that may use this bucket, got {error.code} {where}; check AWS_ACCESS_KEY_ID and "
                     "AWS_SECRET_ACCESS_KEY"
@@ -221,11 +232,11 @@ class Store:
             self._client.put_object(self.bucket, key, io.BytesIO(data), len(data))
             with self._client.get_object(self.bucket, key) as response:
                 got, date = response.read(), response.headers.get("Date")
-            here = datetime.now(UTC)
+            ahead = seconds_ahead(date)
             self._client.remove_object(self.bucket, key)
         if got != data:
             raise SpinError(f"expected the bytes that were put, got others ({self.endpoint}); look at the S3 server")
-        return (parsedate_to_datetime(date) - here).total_seconds() if date else 0.0
+        return ahead
 
     def sizes(self, uri: str) -> dict[str, int]:
         """Return the sizes in bytes of the files at or below ``s3://bucket/path``, by their path below it.
