@@ -5,7 +5,6 @@ loses the chunk it was at.
 """
 
 import io
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from spin import models, prompts, report
 from spin.accounting import cost, flops_per_image
 from spin.config import RunConfig, ScoreConfig
 from spin.data.dataset import Dataset, HeldOut, Prompt
+from spin.disk import scratch
 from spin.emoji import Split
 from spin.errors import SpinError
 from spin.measures import AVERAGE, average, measure, with_average
@@ -80,8 +80,7 @@ def score_player(
     if progress.parts:
         logger.info("%s: going on after %d chunks", stage, len(progress.parts))
     features = Features(config.score.frechet_model, models.best_device()) if config.score.frechet_model else None
-    with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
-        work = Path(scratch)
+    with scratch() as work:
         if len(progress.parts) < len(chunks):
             model = models.load(run.store.get(player))
             setting = Setting(config.score, model.device, Weights(config.score.weights, run.store.download))

@@ -31,6 +31,7 @@ from minio import Minio
 from minio.error import InvalidResponseError, S3Error, ServerError
 from pydantic import BaseModel, ConfigDict
 
+from spin.disk import room_in
 from spin.errors import SpinError
 
 SOON = urllib3.Retry(total=4, backoff_factor=0.5, status_forcelist=[500, 502, 503, 504])
@@ -105,18 +106,19 @@ def _cache() -> Path:
 @contextmanager
 def _arriving(target: Path) -> Iterator[Path]:
     """Give a path to fetch a file or folder to; move it to ``target`` once it is whole, leave nothing of a fault."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".part-"))
-    try:
-        yield scratch / target.name
+    with room_in(_cache(), "SPIN_CACHE"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".part-"))
         try:
-            (scratch / target.name).replace(target)
-        except OSError:
-            # Another process was faster; its copy is as good.
-            if not target.exists():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            yield scratch / target.name
+            try:
+                (scratch / target.name).replace(target)
+            except OSError:
+                # Another process was faster; its copy is as good.
+                if not target.exists():
+                    raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def kept(name: str, fetch: Callable[[Path], None]) -> Path:

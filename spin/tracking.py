@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from spin.config import GenerateConfig, RunConfig
+from spin.disk import scratch
 from spin.errors import SpinError
 from spin.run import Index
 from spin.stages import Place, logger
@@ -521,9 +521,9 @@ class Registry:
                 experiment, f"{place.run_key}-{card.iteration:03d}", run_id, dict(card.tags), card.params, MODEL_TYPE
             )
             try:
-                with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
-                    _pack(Path(scratch) / "model", player, card, model.model_id, run_id)
-                    self._client.log_model_artifacts(model.model_id, str(Path(scratch) / "model"))
+                with scratch() as work:
+                    _pack(work / "model", player, card, model.model_id, run_id)
+                    self._client.log_model_artifacts(model.model_id, str(work / "model"))
             except BaseException:
                 self._client.finalize_logged_model(model.model_id, "FAILED")
                 raise

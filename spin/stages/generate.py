@@ -1,13 +1,12 @@
 """generate-synthetic: the opponent draws the losers for one shard of the prompts that training will see."""
 
-import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spin import tracking
 from spin.config import RunConfig
+from spin.disk import scratch
 from spin.errors import SpinError
 from spin.progress import Progress, forget
 from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iteration, whole_shards
@@ -135,7 +134,7 @@ def _generate(
         precision = fast_precision(model.device)
         flops = flops_per_image(model, pairs.latents_shape, options, decoded=False)
         scorer = primary_scorer(config.score, model.device, run.store.download) if ranks else None
-    with tempfile.TemporaryDirectory(prefix="spin-") as scratch, ThreadPoolExecutor(1) as uploads:
+    with scratch() as work, ThreadPoolExecutor(1) as uploads:
         fresh, since = len(ids), time.monotonic()
         upload: Future[None] | None = None
         for number, rows in enumerate(mine[done:], done + 1):
@@ -167,7 +166,7 @@ def _generate(
                 # The next batch is drawn beside the upload.
                 if upload:
                     upload.result()
-                folder = Path(scratch) / f"part-{number:06d}"
+                folder = work / f"part-{number:06d}"
                 folder.mkdir()
                 for side, parts in drawn.items():
                     Latents.write(folder / f"{side}.safetensors", ids[fresh:], torch.cat(parts)[fresh:])
@@ -177,7 +176,7 @@ def _generate(
             upload.result()
         outputs = {}
         for side, parts in drawn.items():
-            path = Path(scratch) / f"{side}.safetensors"
+            path = work / f"{side}.safetensors"
             Latents.write(path, ids, torch.cat(parts) if parts else torch.zeros(0, *pairs.latents_shape))
             outputs[side] = run.store.put_file(path)
     seconds = round(before + clock.seconds, 2)

@@ -2,13 +2,13 @@
 
 import io
 import json
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spin import tracking
 from spin.config import RunConfig
+from spin.disk import scratch
 from spin.errors import SpinError
 from spin.presets import resolve
 from spin.run import Clock, Index, Run, producer, whole_iteration
@@ -85,8 +85,7 @@ def _prepare(run: Run, config: RunConfig, inputs: dict[str, Any], clock: Clock) 
     if config.score.frechet_model:
         Features(config.score.frechet_model, model.device)
     asked = {"prompts": prompts.stored(run.store, config.score.prompts)} if config.score.prompts else {}
-    with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
-        work = Path(scratch)
+    with scratch() as work:
         data = config.data.model_copy(update={"source": local(config.data.source)})
         counts, rejections = _write(work / "dataset", config.model_copy(update={"data": data}), model)
         accepted = counts["train"]

@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from spin import tracking
 from spin.config import RunConfig
+from spin.disk import scratch
 from spin.processes import joined, rank, spread
 from spin.progress import Progress, forget
 from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iteration, whole_shards
@@ -179,8 +179,7 @@ def _train(
         score = validation_score(model, config, winners, trainer.accelerator, run.store.download)
         selection = Selection(score, config.train.validate_every, config.train.patience)
     outputs = {"model": opponent}
-    with tempfile.TemporaryDirectory(prefix="spin-") as scratch, ThreadPoolExecutor(1) as uploads:
-        work = Path(scratch)
+    with scratch() as work, ThreadPoolExecutor(1) as uploads:
         try:
             with asked_to_stop() as stop:
                 try:
