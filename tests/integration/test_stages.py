@@ -1,6 +1,7 @@
 """The stages, one after another, with tiny models: what they leave behind, and what a rerun makes of it."""
 
 import json
+import logging
 import math
 import re
 import shutil
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ import spin.sampling
 from spin import models
 from spin.data.dataset import Dataset, Latents
 from spin.errors import SpinError
+from spin.losses import Objective
 from spin.presets import preset
 from spin.run import Index, Run
 from spin.sampling import batches, decode, fast_precision, sample_latents
@@ -38,7 +41,7 @@ from spin.stages.register import register
 from spin.stages.score import score
 from spin.stages.train import goes_on, train
 from spin.store import Ref, Store
-from spin.training import Trainer
+from spin.training import Batch, Trainer
 from tests import tiny
 from tests.integration.conftest import Played
 from tests.integration.world import BUCKET, World
@@ -663,6 +666,47 @@ def test_after_divergence_the_opponent_is_kept_and_play_ends(world: World) -> No
     assert registered.outputs["model"] == base
     assert registered.iteration == 0
     assert registered.facts["version"] == ""
+
+
+@pytest.mark.parametrize("first", [1, 3])
+def test_a_loss_that_is_no_number_ends_the_iteration(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, first: int
+) -> None:
+    """From the first step on, or later: the reason is one line, nothing is registered, and a rerun trains no more."""
+    place = shared(world, f"no-number-{first}", steps=[5])
+    generate(place, 1)
+    objective, do, steps = Trainer.objective, Trainer.train_step, []
+
+    def step(self: Trainer, *given: Any) -> dict[str, float]:
+        steps.append(self.step + 1)
+        return do(self, *given)
+
+    def broken(self: Trainer, batch: Batch) -> Objective:
+        made = objective(self, batch)
+        share = math.nan if self.step + 1 >= first else 1.0
+        return replace(
+            made, loss=made.loss * share, measures={name: value * share for name, value in made.measures.items()}
+        )
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+    monkeypatch.setattr(Trainer, "objective", broken)
+    with caplog.at_level(logging.INFO, "spin"):
+        index = train(place, 1)
+    assert steps == [*range(1, first + 1)]
+    assert index.facts["verdict"] == "diverged"
+    assert index.facts["reason"] == (
+        f"expected finite measures, got loss nan at step {first} of iteration 1; lower train.learning_rate, under a "
+        "new run key"
+    )
+    assert f"iteration 1: diverged, {index.facts['reason']}" in [record.getMessage() for record in caplog.records]
+    assert [row["step"] for row in history(world, index)] == [*range(1, first)]
+    assert index.outputs["model"] == world.run(place.run_key).need("prepare", "").outputs["base"]
+    assert train(place, 1) == index
+    assert steps == [*range(1, first + 1)]
+    assert not goes_on(place, 2)
+    for iteration in (0, 1):
+        score(place, iteration)
+    assert register(world.place(place.run_key, world.servers.mlflow_uri), "never", 1).facts["version"] == ""
 
 
 def test_a_player_that_ruins_unseen_images_is_set_aside(world: World) -> None:
