@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spin import tracking
@@ -51,8 +52,9 @@ def generate(place: Place, iteration: int, shard: int = 0, shards: int = 1) -> I
     """Draw and store the losers of one shard, as latents.
 
     Returns:
-        The index: output ``losers``, a safetensors file with ``latents`` float16 [n, C, H, W] and the pair ids. Where
-        a scorer makes the pairs, ``losers`` are the worst draws of the training prompts, ``winners`` the best.
+        The index: output ``losers``, a folder of safetensors files with ``latents`` float16 [n, C, H, W] and the pair
+        ids. Where a scorer makes the pairs, ``losers`` are the worst draws of the training prompts, ``winners`` the
+        best.
     """
     iteration, shard, shards = whole_iteration(iteration, 1), int(shard), whole_shards(shards)
     if not 0 <= shard < shards:
@@ -119,14 +121,11 @@ def _generate(
     samples: list[tuple[int, ...]] = [(i,) for i in range(config.train.ranked_draws)] if ranks else [()]
     drawn: dict[str, list[torch.Tensor]] = {"losers": [], "winners": []} if ranks else {"losers": []}
     ids: list[str] = []
-    done = progress.facts.get("batches", 0)
+    pieces, begun = list(progress.folders), progress.facts.get("batches", 0)
+    kept = sum(len(rows) for rows in mine[:begun])
     total = sum(len(rows) for rows in mine) * len(samples)
-    if progress.folders:
-        for side in drawn:
-            kept = Latents([folder / f"{side}.safetensors" for folder in progress.folders])
-            ids = kept.ids
-            drawn[side].append(kept.of(ids))
-        logger.info("iteration %d: shard %d of %d: going on after %d images", iteration, shard + 1, shards, len(ids))
+    if pieces:
+        logger.info("iteration %d: shard %d of %d: going on after %d images", iteration, shard + 1, shards, kept)
     spent: dict[str, float] = {}
     if mine:
         model = models.load(run.store.get(opponent))
@@ -135,9 +134,22 @@ def _generate(
         flops = flops_per_image(model, pairs.latents_shape, options, decoded=False)
         scorer = primary_scorer(config.score, model.device, run.store.download) if ranks else None
     with scratch() as work, ThreadPoolExecutor(1) as uploads:
-        fresh, since = len(ids), time.monotonic()
+
+        def piece() -> Path:
+            """Write what was drawn since the last piece: memory never holds more of a shard."""
+            folder = work / f"part-{len(pieces):06d}"
+            folder.mkdir()
+            for side, parts in drawn.items():
+                latents = torch.cat([torch.zeros(0, *pairs.latents_shape), *parts])
+                Latents.write(folder / f"{side}.safetensors", ids, latents)
+                parts.clear()
+            ids.clear()
+            pieces.append(folder)
+            return folder
+
+        since = time.monotonic()
         upload: Future[None] | None = None
-        for number, rows in enumerate(mine[done:], done + 1):
+        for number, rows in enumerate(mine[begun:], begun + 1):
             names, asked = [prompts[row].id for row in rows], [prompts[row].prompt for row in rows]
             draws = []
             for sample in samples:
@@ -153,32 +165,29 @@ def _generate(
             else:
                 drawn["losers"] += draws
             ids += names
+            kept += len(names)
             logger.info(
                 "iteration %d: shard %d of %d: %d of %d images, %.1f images/s",
                 iteration,
                 shard + 1,
                 shards,
-                len(ids) * len(samples),
+                kept * len(samples),
                 total,
-                len(ids) * len(samples) / max(before + clock.seconds, 1e-3),
+                kept * len(samples) / max(before + clock.seconds, 1e-3),
             )
             if time.monotonic() - since > SECONDS_BETWEEN_PARTS and number < len(mine):
                 # The next batch is drawn beside the upload.
                 if upload:
                     upload.result()
-                folder = work / f"part-{number:06d}"
-                folder.mkdir()
-                for side, parts in drawn.items():
-                    Latents.write(folder / f"{side}.safetensors", ids[fresh:], torch.cat(parts)[fresh:])
-                upload = uploads.submit(progress.add, folder, before + clock.seconds, batches=number)
-                fresh, since = len(ids), time.monotonic()
+                upload = uploads.submit(progress.add, piece(), before + clock.seconds, batches=number)
+                since = time.monotonic()
         if upload:
             upload.result()
+        if ids or not pieces:
+            piece()
         outputs = {}
-        for side, parts in drawn.items():
-            path = work / f"{side}.safetensors"
-            Latents.write(path, ids, torch.cat(parts) if parts else torch.zeros(0, *pairs.latents_shape))
-            outputs[side] = run.store.put_file(path)
+        for side in drawn:
+            outputs[side] = run.store.put_folder(Latents.under(pieces, side).save(work / side, side))
     seconds = round(before + clock.seconds, 2)
     if mine:
         spent = cost(model.device, precision, flops, total, seconds, accelerators)

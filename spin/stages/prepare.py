@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from spin.models import Model
 
 MOST_REJECTIONS_LISTED = 10_000
-ROWS_PER_FILE = 8192
 
 
 def prepare(
@@ -160,7 +159,7 @@ def _write(target: Path, config: RunConfig, model: "Model") -> tuple[Counter[str
     import pyarrow.parquet as pq
     import torch
 
-    from spin.data.dataset import MOST_VALIDATION, Latents
+    from spin.data.dataset import MOST_VALIDATION, ROWS_PER_FILE, Latents
     from spin.data.sources import Rejection, Row, read
     from spin.memory import room_for
     from spin.sampling import autocast, fast_precision
@@ -168,7 +167,7 @@ def _write(target: Path, config: RunConfig, model: "Model") -> tuple[Counter[str
     target.mkdir()
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    index: list[dict[str, str]] = []
+    index: dict[str, list[str]] = {"id": [], "prompt": [], "split": []}
     held_out: list[dict[str, Any]] = []
     ids: list[str] = []
     latents: dict[str, list[torch.Tensor]] = {"latents": [], "losers": []}
@@ -212,7 +211,8 @@ def _write(target: Path, config: RunConfig, model: "Model") -> tuple[Counter[str
                     continue
                 asked.add(row.prompt)
             counts[row.split] += 1
-            index.append({"id": row.id, "prompt": row.prompt, "split": row.split})
+            for name, values in index.items():
+                values.append(getattr(row, name))
             if row.split == "train" or (row.split == "validation" and counts[row.split] <= MOST_VALIDATION):
                 waiting.append(row)
                 if len(waiting) == config.data.encode_batch:
@@ -228,9 +228,7 @@ def _write(target: Path, config: RunConfig, model: "Model") -> tuple[Counter[str
     if repeated:
         logger.info("prepare: %d further images of held-out prompts left out", repeated)
     text = pa.string()
-    pq.write_table(
-        pa.Table.from_pylist(index, pa.schema({"id": text, "prompt": text, "split": text})), target / "index.parquet"
-    )
+    pq.write_table(pa.table(index, pa.schema(dict.fromkeys(index, text))), target / "index.parquet")
     pq.write_table(
         pa.Table.from_pylist(held_out, pa.schema({"id": text, "prompt": text, "split": text, "image": pa.binary()})),
         target / "held-out.parquet",

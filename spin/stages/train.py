@@ -117,8 +117,8 @@ def _train(
     folder = run.store.get(opponent)
     model = models.load(folder)
 
-    def latents(refs: list[Ref]) -> Latents | None:
-        return Latents([run.store.get(ref) for ref in refs]) if refs else None
+    def latents(refs: list[Ref], side: str = "losers") -> Latents | None:
+        return Latents.under([run.store.get(ref) for ref in refs], side) if refs else None
 
     winners = Dataset(run.store.get(dataset))
     flops = flops_per_pair(model, winners.latents_shape, config.train)
@@ -130,7 +130,7 @@ def _train(
         iteration,
         fast_precision(model.device),
         latents(previous),
-        latents(best),
+        latents(best, "winners"),
         models.compiles(config.compile, model.device, config.train.consumes(iteration)),
     )
     progress = Progress(run, stage, inputs)

@@ -59,13 +59,14 @@ def losers(world: World, indexes: list[Index]) -> dict[str, bytes]:
     """Return the latents of every pair id, byte for byte."""
     found: dict[str, bytes] = {}
     for index in indexes:
-        path = world.store().get(index.outputs["losers"])
-        with safe_open(path, framework="pt") as file:
-            ids = file.metadata()["ids"].split()
-        latents = load_file(path)["latents"]
-        assert latents.dtype == torch.float16
-        rows = {id: row.numpy().tobytes() for id, row in zip(ids, latents, strict=True)}
-        assert len(rows) == len(ids) == index.items
+        rows: dict[str, bytes] = {}
+        for path in world.store().get(index.outputs["losers"]).iterdir():
+            with safe_open(path, framework="pt") as file:
+                ids = file.metadata()["ids"].split()
+            latents = load_file(path)["latents"]
+            assert latents.dtype == torch.float16
+            rows |= {id: row.numpy().tobytes() for id, row in zip(ids, latents, strict=True)}
+        assert len(rows) == index.items
         assert not rows.keys() & found.keys()
         found |= rows
     return found
@@ -369,14 +370,16 @@ def stored(world: World) -> set[str]:
 
 
 def test_a_killed_shard_goes_on_where_it_was(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spin.data.dataset.ROWS_PER_FILE", 8)
     whole = generate(shared(world, "shard-in-one-go"), 1)
+    assert len(list(world.store().get(whole.outputs["losers"]).iterdir())) > 1
     place, objects = shared(world, "shard-killed"), stored(world)
     monkeypatch.setattr("spin.stages.generate.SECONDS_BETWEEN_PARTS", -1.0)
     write, drawn, sample = Run.write_progress, [], spin.sampling.sample_latents
 
     def stop(self: Run, stage: str, value: dict[str, Any]) -> None:
         write(self, stage, value)
-        if value["batches"] == 2:
+        if value["facts"]["batches"] == 2:
             raise Interrupted
 
     monkeypatch.setattr(Run, "write_progress", stop)
@@ -520,7 +523,7 @@ def test_killed_generation_leaves_no_index(world: World, monkeypatch: pytest.Mon
         raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr("spin.store.Store.put_file", stop)
+        patch.setattr("spin.store.Store.put_folder", stop)
         with pytest.raises(Interrupted):
             generate(place, 1)
     assert not [name for name in world.documents("killed") if "generate" in name]
@@ -554,7 +557,7 @@ def test_losers_of_two_iterations_are_mixed_from_the_second_on(world: World) -> 
 def test_dpo_learns_from_the_datas_own_pairs(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny.pairs(tmp_path / "pairs")
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    monkeypatch.setattr("spin.stages.prepare.ROWS_PER_FILE", 8)
+    monkeypatch.setattr("spin.data.dataset.ROWS_PER_FILE", 8)
     place = world.place("dpo")
     options = tiny.overrides(world.judge, objective="dpo", warmup_steps=0)
     prepared = prepare(place, "emoji-cpu", str(world.base), str(folder), options, iterations=1)
@@ -585,8 +588,9 @@ def test_dpo_may_learn_from_pairs_that_a_scorer_ranks(world: World) -> None:
     one, two = generate(place, 1), [generate(place, 1, shard, 2) for shard in (0, 1)]
     prepared = world.run("ranked").need("prepare", "")
     assert one.items == sum(index.items for index in two) == 3 * prepared.items
-    drawn = {side: Latents([world.store().get(one.outputs[side])]) for side in ("winners", "losers")}
-    again = {side: Latents([world.store().get(index.outputs[side]) for index in two]) for side in ("winners", "losers")}
+    sides = ("winners", "losers")
+    drawn = {side: Latents.under([world.store().get(one.outputs[side])], side) for side in sides}
+    again = {side: Latents.under([world.store().get(index.outputs[side]) for index in two], side) for side in sides}
     data, config = Dataset(world.store().get(prepared.outputs["dataset"])), world.run("ranked").config()
     model = models.load(world.base)
     precision, scorer = fast_precision(model.device), primary_scorer(config.score, model.device, world.store().download)
