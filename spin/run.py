@@ -184,17 +184,17 @@ class Run:
             )
         return index
 
-    def finish(self, index: Index) -> Index:
+    def finish(self, index: Index, instead_of: Index | None = None) -> Index:
         """Write the index; from now on the stage is complete.
 
         Where another process has finished the same work meanwhile, its index is returned and stays: others may have
-        gone on from it.
+        gone on from it. ``instead_of`` is the one that was there before, which this one replaces.
         """
         value = index.model_dump(mode="json")
         if self.store.create_json(self._path(index.stage), value):
             return index
         first = self.find(index.stage, index.inputs)
-        if first is None:
+        if first in (None, instead_of):
             self.store.write_json(self._path(index.stage), value)
             return index
         if first != index:

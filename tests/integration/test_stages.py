@@ -805,7 +805,7 @@ def test_validation_picks_the_challenger_not_test(world: World, played: Played) 
             metrics = json.loads(json.dumps(index.facts["metrics"]))
             metrics["validation"]["clip_score"]["value"] = 30.0 if k == best else 20.0
             metrics["test"]["clip_score"]["value"] = 20.0 if k == best else 30.0
-            run.finish(index.model_copy(update={"facts": index.facts | {"metrics": metrics}}))
+            run.finish(index.model_copy(update={"facts": index.facts | {"metrics": metrics}}), instead_of=index)
         index = register(world.place(key, world.servers.mlflow_uri), f"model-{key}", 2)
         assert index.iteration == best
         assert index.facts["version"] == index.facts["versions"][str(best)]
