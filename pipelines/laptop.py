@@ -295,6 +295,8 @@ def _server_environment(found: Laptop) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
     hosts = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), HOST]))
     own = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "no_proxy": hosts, "NO_PROXY": hosts}
+    # With its 5 further connections one for each of the 40 threads that answer: else many at once are refused.
+    own["MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW"] = "35"
     return kept | {key: value for key, value in found.environment().items() if key != "MLFLOW_TRACKING_URI"} | own
 
 

@@ -159,6 +159,11 @@ class Run:
         ):
             self.began(config)
 
+    def agreed(self, name: str, value: str) -> str:
+        """Return what every process of the run goes by for ``name``: ``value``, unless another was faster."""
+        path = self._path(name)
+        return value if self.store.create_json(path, value) else str(self.store.read_json(path))
+
     def config(self) -> RunConfig:
         """Return the run's config, as written by prepare-data."""
         known = self.store.read_json(self._path("run"))

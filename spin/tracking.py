@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import random
 import re
 import signal
 import time
@@ -120,10 +121,28 @@ def _find_or_create(client: Any, place: Place, experiment: str, stage: str, tags
     name = place.run_key if stage == PARENT else stage
     made = client.create_run(experiment, run_name=name, tags={RUN_KEY: place.run_key, STAGE: stage, **tags})
     # Shards that find none at once make one each.
-    if (first := find()) and first.info.run_id != made.info.run_id:
+    first = (_agreed(client, place, made) if stage == PARENT else find()) or made
+    if first.info.run_id != made.info.run_id:
         client.delete_run(made.info.run_id)
-        return first
-    return made
+    return first
+
+
+def _agreed(client: Any, place: Place, made: Any) -> Any:
+    """Return the parent that counts, of those that several stages have made at once: the store lets one be first.
+
+    MLflow alone cannot say: a run that was begun earlier may come into view later. ``None``: the first one is of a
+    server or an experiment that is no longer used, or has been deleted.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(place.open().agreed("mlflow", made.info.run_id))
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    same = run.info.experiment_id == made.info.experiment_id and run.info.lifecycle_stage == "active"
+    return run if same else None
 
 
 def _parent(client: Any, place: Place, experiment: str) -> Any:
@@ -221,7 +240,8 @@ class StageLog:
         except Exception as error:
             # Whatever MLflow raises, training goes on.
             now = time.monotonic()
-            self._away_until = now + max(SECONDS_BEFORE_RETRY, (now - started) / LARGEST_SHARE)
+            # Stages that were refused together do not come back together.
+            self._away_until = now + max(SECONDS_BEFORE_RETRY, (now - started) / LARGEST_SHARE) * random.uniform(1, 1.5)
             if not self.warned:
                 where = without_password(self.place.tracking_uri)
                 logger.warning("MLflow at %s is out of reach (%s); going on without it", where, _first_line(error))
