@@ -29,7 +29,7 @@ experiment: $(READY) ## Self-play against SFT on the test prompts, three seeds (
 	$(BIN)/python -m examples.emoji.experiment
 
 test: $(READY) ## Every test that needs no docker
-	$(BIN)/python -m pytest -m 'not docker'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not docker' --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 faults: $(READY) ## Kill whole pipelines 50 times, at other moments each time (an hour; SEED=1 repeats)
 	$(BIN)/python -m pytest tests/faults --kills 50 --runs 10 --seed $(or $(SEED),$(shell date +%s))

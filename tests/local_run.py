@@ -18,6 +18,8 @@ from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 ITERATIONS, SHARDS = 2, 2
+LONG = 1200.0
+"""Seconds after which a run that nothing kills counts as hanging, on a machine with much else to do."""
 STAGES = [
     "prepare",
     iteration_stage(0, "score"),
@@ -39,6 +41,8 @@ class Pipeline:
     options: dict[str, Any]
     key: str
     log: Path = field(init=False)
+    seconds: float = 0.0
+    """How long it took."""
 
     def __post_init__(self) -> None:
         (self.folder / "tmp").mkdir(parents=True)
@@ -79,7 +83,7 @@ class Pipeline:
                 },
             )
 
-    def finish(self, process: subprocess.Popen[bytes], seconds: float = 300) -> tuple[int, str]:
+    def finish(self, process: subprocess.Popen[bytes], seconds: float = LONG) -> tuple[int, str]:
         """Wait for the command's end; return its exit code and all that it said."""
         try:
             process.wait(seconds)
@@ -87,7 +91,7 @@ class Pipeline:
             kill(process)
         return process.returncode, self.log.read_text()
 
-    def succeed(self, seconds: float = 300) -> str:
+    def succeed(self, seconds: float = LONG) -> str:
         code, said = self.finish(self.start(), seconds)
         assert code == 0, said[-5000:]
         assert said.splitlines()[-1] == "the pipeline has finished"

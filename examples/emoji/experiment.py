@@ -23,7 +23,7 @@ import typer
 import yaml
 from PIL import Image
 
-from pipelines.laptop import laptop
+from pipelines.laptop import Laptop, laptop
 from spin.comparison import arms_of, rows_of
 from spin.data.dataset import Dataset
 from spin.emoji import Split, concepts
@@ -92,8 +92,21 @@ SEARCHES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
             "scale0.5": {"train": {**SPIN, **MILD, "loser_gradient_scale": 0.5}},
         },
     ),
+    "after-sft": (
+        1,
+        {
+            f"lr{lr:g}-scale{scale}": {"train": {**SPIN, **MILD, "learning_rate": lr, "loser_gradient_scale": scale}}
+            for lr in (2e-5, 6e-5)
+            for scale in (0.5, 1.0)
+        },
+    ),
 }
 """Rounds of self-play and arms of every search, in the order in which they were made: each builds on the last."""
+AFTER_SFT: dict[str, dict[str, Any]] = {
+    "sft": {"train": {**SFT, **best_within(50)}},
+    "spin": {"train": {**SPIN, **MILD, "loser_gradient_scale": 0.5}},
+}
+"""Going on from the player that SFT ends with: with more of it, or with self-play."""
 
 
 class Judge:
@@ -139,25 +152,34 @@ def content(run: Run, values: dict[str, Any], split: Split) -> list[str]:
     return [*lines, f"| real images | {ceiling:.3f} | 0 |"]
 
 
+def sft_player(servers: Laptop) -> str:
+    """Return the address of the player that SFT at its best ended with, of the experiment's first seed."""
+    run = Place("experiment-sft-best-0", "s3://spin", servers.s3_endpoint).open()
+    return run.need(iteration_stage(1, "train"), "going on after SFT (run the experiment first)").outputs["model"].uri
+
+
 def main(
     search: Annotated[
         str, typer.Option(help=f"settings compared on the validation prompts: {', '.join(SEARCHES)}")
     ] = "",
     seeds: Annotated[int, typer.Option(help="training seeds of every arm of the experiment")] = 3,
     iterations: Annotated[int, typer.Option(help="rounds of self-play in the experiment")] = 3,
+    after_sft: Annotated[bool, typer.Option(help="a second experiment, on from the first one's SFT player")] = False,
 ) -> None:
     """Run the comparison and print its tables."""
     if search and search not in SEARCHES:
         raise SystemExit(f"expected a search of {', '.join(SEARCHES)}, got {search!r}; choose one")
-    kind = f"search-{search}" if search else "experiment"
+    after_sft = after_sft or search == "after-sft"
+    kind = f"search-{search}" if search else "after-sft" if after_sft else "experiment"
     split: Split = "validation" if search else "test"
-    arms, measured = ARMS, {"images_per_prompt": 4}
+    arms, measured = AFTER_SFT if after_sft else ARMS, {"images_per_prompt": 4}
     if search:
         iterations, arms = SEARCHES[search]
         seeds, measured = 1, {"images_per_prompt": 2, "max_prompts": 50}
     folder = ROOT / "build" / kind
     folder.mkdir(parents=True, exist_ok=True)
-    with laptop(folder, with_mlflow=False) as servers:
+    # What goes on from a player needs the store that has it.
+    with laptop(ROOT / "build" / "experiment" if after_sft else folder, with_mlflow=False) as servers:
         os.environ.update(servers.environment())
         os.environ |= {"SPIN_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
         values = {
@@ -169,6 +191,7 @@ def main(
             "overrides": {"score": measured, "generate": {"roundtrip": False}},
             "generate_shards": 1,
             "gpu_count": 0,
+            **({"base_model": sft_player(servers)} if after_sft else {}),
             "store_uri": "s3://spin",
             "store_endpoint": servers.s3_endpoint,
             "tracking_uri": "",

@@ -16,7 +16,7 @@ from spin.run import Index, Run, iteration_stage
 from spin.store import Store
 from tests import tiny
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).resolve().parents[2]
 ARMS = {

@@ -1,6 +1,5 @@
-"""The compiled pipeline, run by its own command on real servers: it finishes, resumes, fails clearly, goes on."""
+"""The compiled pipeline, run by its own command on real servers: it finishes, finds all complete, fails clearly."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +8,10 @@ from mlflow import MlflowClient
 
 from pipelines.laptop import Laptop
 from spin.run import Index, iteration_stage
-from tests.local_run import ITERATIONS, SHARDS, Pipeline, kill, tiny_options
+from tests.local_run import ITERATIONS, SHARDS, Pipeline
 
-# The first test of the file also starts the servers and waits for the first run.
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
-
-
-@pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return tiny_options(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def whole(laptop_servers: Laptop, options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    """A run that nothing has interrupted."""
-    pipeline = Pipeline(laptop_servers, tmp_path_factory.mktemp("whole") / "run", options, "whole")
-    pipeline.succeed()
-    return pipeline
+# The first test also starts the servers and waits for the first run.
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 
 def test_the_pipeline_finishes(whole: Pipeline) -> None:
@@ -69,10 +55,10 @@ def test_again_everything_is_complete(whole: Pipeline) -> None:
 
 
 def test_a_failing_run_ends_with_one_clear_line(
-    laptop_servers: Laptop, options: dict[str, Any], tmp_path: Path
+    laptop_servers: Laptop, tiny_run_options: dict[str, Any], tmp_path: Path
 ) -> None:
     nowhere = tmp_path / "nowhere"
-    pipeline = Pipeline(laptop_servers, tmp_path / "run", options | {"data_source": str(nowhere)}, "failing")
+    pipeline = Pipeline(laptop_servers, tmp_path / "run", tiny_run_options | {"data_source": str(nowhere)}, "failing")
 
     code, said = pipeline.finish(pipeline.start())
 
@@ -87,31 +73,3 @@ def test_a_failing_run_ends_with_one_clear_line(
     assert str(nowhere) in reason[0]
     assert "Score base" not in said
     assert pipeline.run().find("prepare") is None
-
-
-def test_a_killed_run_goes_on_to_the_same_player(
-    whole: Pipeline, laptop_servers: Laptop, options: dict[str, Any], tmp_path: Path
-) -> None:
-    pipeline = Pipeline(laptop_servers, tmp_path / "run", options, "killed")
-    training, run = iteration_stage(1, "train"), pipeline.run()
-    process = pipeline.start()
-    try:
-        while not run.read_progress(training) and not run.find(training):
-            assert process.poll() is None, pipeline.log.read_text()[-5000:]
-            time.sleep(0.02)
-    finally:
-        kill(process)
-    progress, trained = run.read_progress(training), run.find(training)
-    assert progress or trained
-    assert run.find("register") is None
-
-    said = pipeline.succeed()
-
-    if trained:
-        assert "iteration 1: training complete, player" in said
-    else:
-        assert progress
-        assert f"iteration 1: resuming from step {progress['facts']['step']}" in said
-    assert "iteration 1: shard 1 of 2 complete" in said
-    assert pipeline.digests()[iteration_stage(2, "train")] == whole.digests()[iteration_stage(2, "train")]
-    assert pipeline.digests() == whole.digests()

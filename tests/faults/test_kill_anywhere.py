@@ -10,7 +10,6 @@ import random
 import re
 import signal
 import subprocess
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,19 +18,16 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from pipelines.laptop import Laptop
 from spin.run import iteration_stage
 from spin.stages.generate import shard_stage
 from tests.faults.promises import Bucket, broken
 from tests.integration.world import minio_of
-from tests.local_run import ITERATIONS, SHARDS, Pipeline, kill, tiny_options
+from tests.local_run import ITERATIONS, SHARDS, Pipeline, kill
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(7200)]
 
 GRACE_SECONDS = 30.0
 """What Kubernetes leaves between SIGTERM and SIGKILL unless told otherwise."""
-LONG = 1200.0
-"""Seconds after which a run that nothing kills counts as hanging, on a machine with much else to do."""
 DRAWN = re.compile(r"iteration (\d+): shard (\d+) of \d+: \d+ of \d+ images")
 BEGAN = re.compile(r"Executing task [^']*'([a-z-]+)'")
 
@@ -91,25 +87,25 @@ def curves(pipeline: Pipeline) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_killed_anywhere_it_ends_the_same(
-    laptop_servers: Laptop, tmp_path: Path, pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]
+    whole: Pipeline,
+    tiny_run_options: dict[str, Any],
+    tmp_path: Path,
+    pytestconfig: pytest.Config,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     kills, runs, seed = (int(pytestconfig.getoption(name)) for name in ("--kills", "--runs", "--seed"))
-    options = tiny_options(tmp_path / "tiny")
-    whole = Pipeline(laptop_servers, tmp_path / "whole", options, "uninterrupted")
-    began = time.monotonic()
-    whole.succeed(LONG)
-    seconds, wanted, shown = time.monotonic() - began, whole.digests(), curves(whole)
+    wanted, shown, seconds = whole.digests(), curves(whole), whole.seconds
     struck: Counter[str] = Counter()
-    client = minio_of(laptop_servers)
+    client = minio_of(whole.servers)
     for number in range(runs):
         key = f"killed-{seed}-{number}"
-        pipeline = Pipeline(laptop_servers, tmp_path / key, options, key)
+        pipeline = Pipeline(whole.servers, tmp_path / key, tiny_run_options, key)
         killer = Killer(pipeline, Bucket(client, "spin", key), random.Random(f"{seed}-{number}"), seconds)
         left = kills // runs + (number < kills % runs)
         while left and killer.strike():
             left -= 1
         before = pipeline.indexes()
-        killer.look(before, pipeline.succeed(LONG))
+        killer.look(before, pipeline.succeed())
         assert pipeline.digests() == wanted, f"seed {seed}, run {number}: {killer.struck}"
         assert curves(pipeline) == shown, f"seed {seed}, run {number}: {killer.struck}"
         struck += killer.struck
