@@ -15,7 +15,7 @@ from typing import Any
 
 from spin import tracking
 from spin.config import RunConfig
-from spin.processes import joined, rank, spread
+from spin.processes import joined, node_count, rank, spread
 from spin.progress import Progress, forget
 from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iteration, whole_shards
 from spin.stages import Place, logger
@@ -71,7 +71,7 @@ def train(place: Place, iteration: int, shards: int = 1, processes: int = 0) -> 
     if index:
         forget(run, stage)
         logger.info("iteration %d: training complete, player %s", iteration, index.outputs["model"].digest[:12])
-    elif processes > 1 and not joined():
+    elif processes * node_count() > 1 and not joined():
         spread(processes, train, place, iteration, shards, processes)
         index = run.need(stage, "the end of training")
     if rank():
@@ -79,7 +79,7 @@ def train(place: Place, iteration: int, shards: int = 1, processes: int = 0) -> 
         place = replace(place, tracking_uri="")
     with tracking.stage(place, stage, iteration, system_metrics=index is None) as log:
         if index is None:
-            accelerators = max(place.accelerators, processes)
+            accelerators = max(place.accelerators, processes) * node_count()
             sides = losers, previous, best
             index = _train(run, config, iteration, stage, opponent, dataset, *sides, inputs, clock, log, accelerators)
         logger.info("iteration %d: %s, %s", iteration, *verdict_of(index))

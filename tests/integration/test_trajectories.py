@@ -5,6 +5,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -144,6 +145,40 @@ def test_two_processes_train_as_one(
         assert other == pytest.approx(row, rel=1e-3, abs=1e-6)
     assert farthest(world, whole(objective), together) < 1e-5
     assert train(world, key, "--processes=2") == together, "finished"
+
+
+def in_pods(world: World, run_key: str, pods: int, log: Path) -> Index:
+    """Train in several pods of one process each, told of each other as Kubeflow Trainer tells its nodes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    with log.open("w") as out:
+        for pod in range(pods):
+            meeting = {"NNODES": pods, "NODE_RANK": pod, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = os.environ | {f"PET_{name}": str(value) for name, value in meeting.items()}
+            command = [sys.executable, "-m", "spin", *world.command("train", run_key, "--iteration=1")]
+            started.append(subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT))
+        try:
+            codes = [process.wait(120) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+    assert codes == [0] * pods, log.read_text()
+    return world.run(run_key).need("iteration-001/train", "")
+
+
+def test_two_pods_train_as_one_with_two_processes(
+    world: World, begin: Begin, whole: Callable[[str], Index], tmp_path: Path
+) -> None:
+    """torch's own static rendezvous over TCP; the first pod alone speaks."""
+    options = {**OBJECTIVES["spin"], "micro_batch_size": 2}
+    together = in_pods(world, begin("spin-by-two-pods", **options), 2, tmp_path / "log")
+    assert together.items == whole("spin").items
+    for row, other in zip(trajectory(world, whole("spin")), trajectory(world, together), strict=True):
+        assert other == pytest.approx(row, rel=1e-3, abs=1e-6)
+    assert farthest(world, whole("spin"), together) < 1e-5
+    assert (tmp_path / "log").read_text().count("step 5 of 5") == 1
 
 
 @pytest.mark.parametrize("training", [{"ema_decay": 0.5}, {"lora_rank": 2}], ids=["full", "lora"])
