@@ -129,13 +129,18 @@ def train(
     tracking_uri: TrackingUri = "",
     experiment: Experiment = "spin-diffusion",
     shards: Shards = 1,
-    processes: Annotated[int, typer.Option(help="Processes that share each batch, one per accelerator.")] = 1,
+    processes: Annotated[
+        int, typer.Option(help="Processes that share each batch; 0: one per accelerator that was promised.")
+    ] = 0,
+    accelerators: Annotated[
+        int, typer.Option(help="Accelerators that this pod was promised; with fewer it stops.")
+    ] = 0,
 ) -> None:
     """Train the player of one iteration."""
     from spin.stages import Place
     from spin.stages.train import train as stage
 
-    place = Place(run_key, store_uri, store_endpoint, tracking_uri, experiment)
+    place = Place(run_key, store_uri, store_endpoint, tracking_uri, experiment, accelerators)
     _say(stage(place, iteration, shards, processes).facts)
 
 

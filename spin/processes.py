@@ -15,6 +15,8 @@ from spin.errors import SpinError
 
 SECONDS_TO_MEET = 900
 """Pods that train together start when their images are there, which may take one of them minutes longer."""
+LOOK_ABOVE = "read its lines above"
+"""How the fault of a process ends that said nothing itself, maybe since another, elsewhere, is to blame."""
 
 
 def rank() -> int:
@@ -65,7 +67,7 @@ def spread(processes: int, function: Callable[..., object], *arguments: Any) -> 
                 raise SpinError(said[0].read_text()) from None
             code = error.get_first_failure()[1].exitcode
             raise SpinError(
-                f"expected {processes} processes to finish, got one that ended with {code}; read its lines above"
+                f"expected {processes} processes to finish, got one that ended with {code}; {LOOK_ABOVE}"
             ) from None
         except SignalException as signal:
             raise SystemExit(128 + signal.sigval) from None
