@@ -96,7 +96,7 @@ def spin_diffusion(
         "data_source": data_source,
         "overrides": overrides,
     }
-    key, base = prepare_and_score_base(options, where, pool, secrets, score_secret, gate=gate)
+    key, base = prepare_and_score_base(options, where, pool, secrets, score_secret, gate=gate, train_nodes=train_nodes)
 
     played = self_play(
         run_key=key,

@@ -305,6 +305,13 @@ def fitting(nodes: Sequence[Node], need: Need) -> list[Node]:
     )
 
 
+def room(nodes: Sequence[Node], need: Need) -> int:
+    """Return how many such pods nodes that fit have room for, were they empty."""
+    return sum(
+        min(int(node.allocatable[name] // wanted) for name, wanted in need.amounts.items() if wanted) for node in nodes
+    )
+
+
 def shown(amount: float, name: str) -> str:
     """Return an amount for people: bytes in GiB."""
     return f"{amount / 2**30:.0f} GiB" if name in ("memory", "ephemeral-storage") else f"{amount:g}"

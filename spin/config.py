@@ -236,6 +236,20 @@ class TrainConfig(_Config):
         last = iteration - 1
         return self.beta[min(last, len(self.beta) - 1)], self.steps[min(last, len(self.steps) - 1)]
 
+    def micro_batches(self, processes: int) -> int:
+        """Return the micro-batches of a process in each step.
+
+        Raises:
+            SpinError: so many processes can't share a batch evenly.
+        """
+        share = self.micro_batch_size * processes
+        if self.batch_size % share:
+            raise SpinError(
+                f"expected train.batch_size to be a multiple of micro_batch_size x processes ({share}), got "
+                f"{self.batch_size}; change one of them"
+            )
+        return self.batch_size // share
+
     def consumes(self, iteration: int) -> int:
         """Return how many pairs ``iteration`` trains on at most, repetitions included."""
         return self.of(iteration)[1] * self.batch_size

@@ -131,8 +131,8 @@ class Trainer:
         jobs, pods = f"{api}/namespaces/runs/trainjobs", "/api/v1/namespaces/runs/pods"
         if path.startswith(api) and not self.installed:
             return 404, _status(404, "the server could not find the requested resource")
-        if path == f"{api}/":
-            return 200, {"kind": "APIResourceList", "groupVersion": api[6:], "resources": []}
+        if path.rstrip("/") == api:
+            return 200, {"kind": "APIResourceList", "groupVersion": api.removeprefix("/apis/"), "resources": []}
         if path == f"{api}/clustertrainingruntimes/{RUNTIME}":
             return 200, {"kind": "ClusterTrainingRuntime"}
         if path == pods:

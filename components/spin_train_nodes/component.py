@@ -55,8 +55,8 @@ def spin_train_nodes(
     from spin.stages.train import measures_of, verdict_of
     from spin.trainjob import PodSettings
 
-    settings = pod.resources and PodSettings(pod.resources, pod.env or (), pod.node_selector, pod.tolerations or ())
     place = Place(run_key, store_uri, store_endpoint, tracking_uri, experiment)
+    settings = PodSettings(pod.resources or {}, pod.env or (), pod.node_selector, pod.tolerations or ())
     index = train_on_nodes(place, iteration, shards, nodes, accelerators, settings)
     verdict, reason = verdict_of(index)
     model.metadata.update(

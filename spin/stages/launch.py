@@ -25,7 +25,7 @@ LINES_SHOWN = 30
 
 
 def train_on_nodes(
-    place: Place, iteration: int, shards: int, nodes: int, accelerators: int, settings: PodSettings | None
+    place: Place, iteration: int, shards: int, nodes: int, accelerators: int, settings: PodSettings
 ) -> Index:
     """Train the player of ``iteration`` on ``nodes`` nodes, each with ``accelerators``; this pod needs none.
 
@@ -41,15 +41,13 @@ def train_on_nodes(
     return train(place, iteration, shards, elsewhere=elsewhere)
 
 
-def launch(
-    place: Place, iteration: int, shards: int, nodes: int, accelerators: int, settings: PodSettings | None
-) -> None:
+def launch(place: Place, iteration: int, shards: int, nodes: int, accelerators: int, settings: PodSettings) -> None:
     """Have several nodes train, and wait for them; the TrainJob is gone when they have ended, however they did.
 
     Raises:
         SpinError, SystemExit: as ``train_on_nodes``.
     """
-    if not inside() or settings is None:
+    if not inside() or not settings.resources:
         raise SpinError(
             f"expected Kubeflow Pipelines 2.15 or newer to tell what pods on {nodes} nodes are to have, got no such "
             "settings; set train_nodes to 1"

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kfp import dsl
 
+from components.spin_train_nodes.component import spin_train_nodes
 from spin.errors import SpinError
+from spin.run import Index
 from spin.stages import Place, launch
+from spin.store import Ref
 from spin.trainjob import PodSettings, name_of
 from tests.kubernetes_api import Step, Trainer, api_server, schema_fault
 
@@ -39,7 +43,7 @@ def served(folder: Path, trainer: Trainer, status: int = 200) -> Iterator[Traine
         yield trainer
 
 
-def run(settings: PodSettings | None = SETTINGS) -> None:
+def run(settings: PodSettings = SETTINGS) -> None:
     launch.launch(PLACE, 2, 3, 2, 4, settings)
 
 
@@ -229,6 +233,8 @@ def test_a_server_that_is_away_for_a_while(tmp_path: Path, monkeypatch: pytest.M
 def test_what_is_missing_is_told_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SpinError, match=r"expected Kubeflow Pipelines 2\.15 or newer"):
         run()
+    with served(tmp_path, Trainer()), pytest.raises(SpinError, match="got no such settings"):
+        run(PodSettings({}))
     with served(tmp_path, Trainer(installed=False)):
         assert refusal() == "expected Kubeflow Trainer, got none in this cluster; install it, or set train_nodes to 1"
     with served(tmp_path, Trainer(), status=403):
@@ -244,3 +250,28 @@ def test_a_trainer_that_is_too_old_refuses(tmp_path: Path, monkeypatch: pytest.M
         assert refusal() == (
             'expected a TrainJob, got 400 unknown field "spec.runtimePatches"; needed is Kubeflow Trainer 2.2 or newer'
         )
+
+
+def test_the_task_hands_on_what_kubeflow_pipelines_gives_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+
+    def train_on_nodes(*arguments: Any) -> Index:
+        given.extend(arguments)
+        facts = {"verdict": "improved", "reason": "why", "final_loss": 0.5, "held_out": {"error_change": {"value": -1}}}
+        outputs = {"model": Ref(kind="folder", digest="0" * 64, size=1, uri="s3://spin/folders/0")}
+        return Index(stage="s", iteration=2, inputs={}, outputs=outputs, facts=facts, seconds=3, items=4, producer={})
+
+    monkeypatch.setattr(launch, "train_on_nodes", train_on_nodes)
+    model, metrics = dsl.Model(uri=str(tmp_path / "model")), dsl.Metrics()
+    model.path = str(tmp_path / "model")
+    pod = dsl.TaskConfig(
+        resources=dict(SETTINGS.resources),
+        env=[SECRET],
+        node_selector={"pool": "gpu"},
+        tolerations=SETTINGS.tolerations,
+    )
+    where = (PLACE.store_uri, PLACE.store_endpoint, PLACE.tracking_uri, PLACE.experiment)
+    spin_train_nodes.python_func(PLACE.run_key, 2, 3, 2, 4, *where, [], model, metrics, pod)
+    assert given == [PLACE, 2, 3, 2, 4, SETTINGS]
+    assert (model.metadata["verdict"], model.metadata["iteration"]) == ("improved", 2)
+    assert metrics.metadata == {"final_loss": 0.5, "held_out_error_change": -1, "seconds": 3}
