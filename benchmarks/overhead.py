@@ -1,7 +1,7 @@
 """What orchestration costs: the local pipeline's wall time outside stage work; the compiled file's size and time.
 
 python -m benchmarks.overhead                      run the demo anew (minutes) and account for its time
-python -m benchmarks.overhead --folder build/demo  account for a demo that has been run
+python -m benchmarks.overhead --no-demo            the compiled file alone (seconds)
 """
 
 import json

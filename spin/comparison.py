@@ -20,7 +20,7 @@ from spin.errors import SpinError
 from spin.run import Index, Run, iteration_stage
 from spin.scorers import PRIMARY
 from spin.stages.generate import shard_stage
-from spin.stages.train import played
+from spin.stages.train import played, verdict_of
 from spin.stats import bootstrap_seeds, per_prompt, wins
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -148,6 +148,7 @@ class Row:
         scores: the score stage of every seed; of its last iteration, where play has ended before this one.
         stages: all stages of this iteration, of the seeds that played it.
         ended: seeds whose play had ended before.
+        diverged: seeds whose training in this iteration came to nothing, so that the scores are of the player before.
     """
 
     title: str
@@ -156,6 +157,7 @@ class Row:
     scores: list[Index]
     stages: list[Index]
     ended: int = 0
+    diverged: int = 0
 
 
 def rows_of(run: Run, arms: Sequence[Arm], shards: int) -> list[Row]:
@@ -182,7 +184,9 @@ def rows_of(run: Run, arms: Sequence[Arm], shards: int) -> list[Row]:
             title = f"{name} {k}" if same[0].iterations > 1 else name
             if same[0].config.train.ranks:
                 title = f"{name} on pairs ranked by {PRIMARY}"
-            rows.append(Row(title, name, k, scores, stages, len(runs) - len(playing)))
+            verdicts = [verdict_of(indexes[k - 1])[0] for indexes in trained if k <= len(indexes)]
+            ended, diverged = len(runs) - len(playing), verdicts.count("diverged")
+            rows.append(Row(title, name, k, scores, stages, ended, diverged))
     return rows
 
 
@@ -219,7 +223,7 @@ def compare(run: Run, rows: Sequence[Row], split: Split, against: str = "sft") -
     gain = bootstrap_seeds(means(cells(rival, PRIMARY) - base), RESAMPLES) if rival else None
     table = []
     for row in rows:
-        line: dict[str, Any] = {"title": row.title, "arm": row.arm, "iteration": row.iteration, "ended": row.ended}
+        line: dict[str, Any] = {name: getattr(row, name) for name in ("title", "arm", "iteration", "ended", "diverged")}
         for name in names:
             line[name] = bootstrap_seeds(means(cells(row, name)), RESAMPLES).as_dict()
         ours = cells(row, PRIMARY)

@@ -236,11 +236,11 @@ class TrainConfig(_Config):
         last = iteration - 1
         return self.beta[min(last, len(self.beta) - 1)], self.steps[min(last, len(self.steps) - 1)]
 
-    def micro_batches(self, processes: int) -> int:
-        """Return the micro-batches of a process in each step.
+    def check_processes(self, processes: int) -> None:
+        """See that so many processes can share a batch.
 
         Raises:
-            SpinError: so many processes can't share a batch evenly.
+            SpinError: they can't do so evenly.
         """
         share = self.micro_batch_size * processes
         if self.batch_size % share:
@@ -248,7 +248,6 @@ class TrainConfig(_Config):
                 f"expected train.batch_size to be a multiple of micro_batch_size x processes ({share}), got "
                 f"{self.batch_size}; change one of them"
             )
-        return self.batch_size // share
 
     def consumes(self, iteration: int) -> int:
         """Return how many pairs ``iteration`` trains on at most, repetitions included."""

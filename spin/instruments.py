@@ -46,7 +46,7 @@ def errors_on_grid(trainer: Trainer) -> GridErrors:
         Diverged: an error is no finite number.
     """
     accelerator, data, losers = trainer.accelerator, trainer.winners, trainer.losers
-    device, size = trainer.model.device, trainer.config.micro_batch_size
+    device, size = trainer.model.device, trainer.micro_batch_size
     rows = data.validation
     paired = losers is not None and all(row.id in losers for row in rows)
     middles = (torch.arange(GRID) + 0.5) / GRID
@@ -86,7 +86,7 @@ def gradient_snr(trainer: Trainer) -> float | None:
     To be asked before the first step, when the player is its opponent. The buffer for the mean is as large as one of
     the optimizer's moments, which do not exist yet.
     """
-    accelerator, size = trainer.accelerator, trainer.config.micro_batch_size
+    accelerator, size = trainer.accelerator, trainer.micro_batch_size
     processes, sharded = accelerator.num_processes, trainer.sharded
     parameters = list(trainer.weights().values())
     total = [torch.zeros_like(part(parameter)) for parameter in parameters]

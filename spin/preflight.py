@@ -127,7 +127,7 @@ def preflight(
         policy(dict(gate or {}))
         if train_nodes < 1:
             raise SpinError(f"expected at least 1 node to train on, got {train_nodes}; set train_nodes")
-        config.train.micro_batches(max(1, int(gpu_count)) * int(train_nodes))
+        config.train.check_processes(max(1, int(gpu_count)) * int(train_nodes))
         return f"{preset}, {config.train.objective}, {whole_iteration(iterations, 1)} iteration(s)"
 
     check("options", options)

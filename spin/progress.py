@@ -1,10 +1,12 @@
 """What an unfinished stage has stored so far, from which a later attempt goes on.
 
 Parts are stored first, then the progress document that names them; they are removed in the opposite order. So the
-document never names what is not there, whenever a process is killed.
+document never names what is not there, whenever a process is killed. Two processes at one stage, as when a node that
+was given up lives on, do not share parts that they add: the document is that of the one who wrote last.
 """
 
 import logging
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,8 @@ class Progress:
     """
 
     def __init__(self, run: Run, stage: str, inputs: dict[str, Any]):
-        self.run, self.stage, self._identity = run, stage, digest_of(inputs)
+        self.run, self.stage, self._inputs, self._identity = run, stage, inputs, digest_of(inputs)
+        self._attempt = uuid.uuid4().hex
         self.parts: list[Ref] = []
         self.folders: list[Path] = []
         self.seconds = 0.0
@@ -52,11 +55,13 @@ class Progress:
 
     def add(self, folder: Path, seconds: float, **facts: Any) -> None:
         """Store one more part, on which all attempts together spent ``seconds``."""
-        self._write([*self.parts, self.run.put_part(self.stage, folder)], [*self.folders, folder], seconds, facts)
+        self._write(
+            [*self.parts, self.run.put_part(self.stage, self._attempt, folder)], [*self.folders, folder], seconds, facts
+        )
 
     def replace(self, folder: Path, seconds: float, **facts: Any) -> None:
         """Store a part that stands for all before it; its folder may go."""
-        part = self.run.put_part(self.stage, folder)
+        part = self.run.put_part(self.stage, self._attempt, folder)
         self._stale += self.parts
         self._write([part], [], seconds, facts)
 
@@ -68,6 +73,10 @@ class Progress:
             "seconds": round(seconds, 2),
             "facts": facts,
         }
+        if self.run.find(self.stage, self._inputs):
+            # Another process has finished the stage, and removed the parts that both began from.
+            discard(self.run, parts)
+            return
         self.run.write_progress(self.stage, value)
         stale, self._stale = self._stale, []
         discard(self.run, [part for part in stale if part not in parts])

@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 
 from spin.data.dataset import Prompt
 from spin.data.sources import MAX_CAPTION
+from spin.disk import scratch
 from spin.download import download
 from spin.errors import SpinError
 from spin.store import Ref, Store
@@ -72,8 +72,8 @@ def stored(store: Store, source: str) -> Ref:
         return Ref.model_validate(found)
     local = str(store.download(source)) if source.startswith("s3://") else source
     rows = read(local)
-    with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
-        path = Path(scratch) / "prompts.parquet"
+    with scratch() as work:
+        path = work / "prompts.parquet"
         columns = {name: [getattr(row, name) for row in rows] for name in ("id", "prompt", "category")}
         pq.write_table(pa.table(columns), path)
         ref = store.put_file(path)

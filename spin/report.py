@@ -157,6 +157,8 @@ def comparison(run_key: str, base: Index, compared: Index) -> str:
     for line in lines:
         if line["ended"]:
             note += f"; {line['title']}: play had ended before with {line['ended']} seed(s), whose last scores count"
+        if line["diverged"]:
+            note += f"; {line['title']}: {line['diverged']} seed(s) diverged, and count with the player before"
     return "\n".join(
         [f"# Comparison {run_key}", "", *_grid(head, body), "", note, "", *spending(list(facts["costs"].values())), ""]
     )

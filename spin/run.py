@@ -5,6 +5,7 @@ stored; so a stage is complete or absent. The index says what was made (digests)
 stage whose index matches its inputs is not computed again. That is how a rerun resumes.
 """
 
+import logging
 import os
 import platform
 import re
@@ -24,6 +25,7 @@ from spin.config import RunConfig
 from spin.errors import SpinError
 from spin.store import Ref, Store, digest_of
 
+logger = logging.getLogger("spin")
 Parsed = TypeVar("Parsed", bound=BaseModel)
 RUN_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -147,11 +149,15 @@ class Run:
 
         Only a config that has proven good may begin a run: it can never be changed.
 
+        Of several that begin it at once, one does, and the others go on with it or are refused.
+
         Raises:
             SpinError: as ``began``.
         """
-        if not self.began(config):
-            self.store.write_json(self._path("run"), {"config": config.model_dump(mode="json")})
+        if not self.began(config) and not self.store.create_json(
+            self._path("run"), {"config": config.model_dump(mode="json")}
+        ):
+            self.began(config)
 
     def config(self) -> RunConfig:
         """Return the run's config, as written by prepare-data."""
@@ -178,17 +184,33 @@ class Run:
             )
         return index
 
-    def finish(self, index: Index) -> Index:
-        """Write the index; from now on the stage is complete."""
-        self.store.write_json(self._path(index.stage), index.model_dump(mode="json"))
-        return index
+    def finish(self, index: Index, instead_of: Index | None = None) -> Index:
+        """Write the index; from now on the stage is complete.
 
-    def put_part(self, stage: str, folder: Path) -> Ref:
-        """Store what an unfinished stage has so far, as an object of this run and stage alone.
-
-        Another run may come to the same content; removing its parts must not take this one's.
+        Where another process has finished the same work meanwhile, its index is returned and stays: others may have
+        gone on from it. ``instead_of`` is the one that was there before, which this one replaces.
         """
-        (folder / "whose.txt").write_text(f"{self.key} {stage}")
+        value = index.model_dump(mode="json")
+        if self.store.create_json(self._path(index.stage), value):
+            return index
+        first = self.find(index.stage, index.inputs)
+        if first in (None, instead_of):
+            self.store.write_json(self._path(index.stage), value)
+            return index
+        if first != index:
+            logger.warning(
+                "%s of run %s was finished meanwhile by another process (on %s); its result counts, this one's is left",
+                index.stage, self.key, first.producer.get("host", "?"),
+            )  # fmt: skip
+        return first
+
+    def put_part(self, stage: str, attempt: str, folder: Path) -> Ref:
+        """Store what an unfinished stage has so far, as an object of this run, stage and attempt alone.
+
+        Others may come to the same content, another run or a second process at the same stage; removing their parts
+        must not take this one's.
+        """
+        (folder / "whose.txt").write_text(f"{self.key} {stage} {attempt}")
         return self.store.put_folder(folder)
 
     def read_progress(self, stage: str) -> dict[str, Any] | None:

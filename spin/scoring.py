@@ -5,7 +5,6 @@ loses the chunk it was at.
 """
 
 import io
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,11 @@ from spin import models, prompts, report
 from spin.accounting import cost, flops_per_image
 from spin.config import RunConfig, ScoreConfig
 from spin.data.dataset import Dataset, HeldOut, Prompt
+from spin.disk import scratch
 from spin.emoji import Split
 from spin.errors import SpinError
 from spin.measures import AVERAGE, average, measure, with_average
+from spin.memory import room_for
 from spin.progress import Progress, forget
 from spin.run import Clock, Index, Run, producer
 from spin.sampling import batches, decode, fast_precision, sample_latents
@@ -79,8 +80,7 @@ def score_player(
     if progress.parts:
         logger.info("%s: going on after %d chunks", stage, len(progress.parts))
     features = Features(config.score.frechet_model, models.best_device()) if config.score.frechet_model else None
-    with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
-        work = Path(scratch)
+    with scratch() as work:
         if len(progress.parts) < len(chunks):
             model = models.load(run.store.get(player))
             setting = Setting(config.score, model.device, Weights(config.score.weights, run.store.download))
@@ -228,8 +228,9 @@ def draw(model: models.Model, config: RunConfig, jobs: Sequence[Job], shape: tup
     for part in batches(len(jobs), config.generate.batch_size):
         chunk = [jobs[i] for i in part]
         noise = torch.stack([noise_of(shape, "score", config.score.seed, row.id, sample) for row, sample in chunk])
-        latents = sample_latents(model, [row.prompt for row, _ in chunk], noise, config.generate, precision)
-        images += [Image.fromarray(image) for image in decode(model, latents, precision).numpy()]
+        with room_for(f"generate.batch_size {config.generate.batch_size}"):
+            latents = sample_latents(model, [row.prompt for row, _ in chunk], noise, config.generate, precision)
+            images += [Image.fromarray(image) for image in decode(model, latents, precision).numpy()]
     return images
 
 

@@ -31,6 +31,7 @@ from minio import Minio
 from minio.error import InvalidResponseError, S3Error, ServerError
 from pydantic import BaseModel, ConfigDict
 
+from spin.disk import room_in
 from spin.errors import SpinError
 
 SOON = urllib3.Retry(total=4, backoff_factor=0.5, status_forcelist=[500, 502, 503, 504])
@@ -40,6 +41,9 @@ PATIENT = urllib3.Retry(total=9, backoff_factor=0.5, backoff_max=30, status_forc
 ARRIVALS = (1.0, 4.0, 10.0)
 """Seconds to wait before an object that came damaged, or that a slow server does not show yet, is fetched again."""
 FULL = ("InsufficientStorage", "QuotaExceeded", "XMinioAdminBucketQuotaExceeded", "XMinioStorageFull")
+MOST_SECONDS_APART = 5 * 60
+"""Servers refuse requests whose clock is 5 to 15 minutes off."""
+TAKEN = ("PreconditionFailed", "ConditionalRequestConflict")
 PART_BYTES = 64 * 2**20
 """Larger files go up in parts of this size."""
 ENDPOINT = re.compile(r"(?P<scheme>(?i:https?))://(?P<host>(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>\d{1,5}))?)/?")
@@ -80,6 +84,11 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
+def seconds_ahead(date: str | None) -> float:
+    """Return how far a server's clock is ahead of this one, by the ``Date`` of the answer that has just come."""
+    return (parsedate_to_datetime(date) - datetime.now(UTC)).total_seconds() if date else 0.0
+
+
 def listing_of(folder: Path) -> dict[str, dict[str, Any]]:
     """Return ``{path: {digest, size}}`` for the regular files below ``folder``."""
     return {
@@ -97,18 +106,19 @@ def _cache() -> Path:
 @contextmanager
 def _arriving(target: Path) -> Iterator[Path]:
     """Give a path to fetch a file or folder to; move it to ``target`` once it is whole, leave nothing of a fault."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".part-"))
-    try:
-        yield scratch / target.name
+    with room_in(_cache(), "SPIN_CACHE"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".part-"))
         try:
-            (scratch / target.name).replace(target)
-        except OSError:
-            # Another process was faster; its copy is as good.
-            if not target.exists():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            yield scratch / target.name
+            try:
+                (scratch / target.name).replace(target)
+            except OSError:
+                # Another process was faster; its copy is as good.
+                if not target.exists():
+                    raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def kept(name: str, fetch: Callable[[Path], None]) -> Path:
@@ -180,11 +190,15 @@ class Store:
                     f"expected room in the bucket, got {error.code} {where}; free or add space and start the run again "
                     "with the same run key"
                 ) from None
-            if error.code == "RequestTimeTooSkewed":
+            refused = error.code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "ExpiredToken")
+            ahead = seconds_ahead(error.response.headers.get("Date"))
+            # An answer to HEAD has no body, so that it cannot say why.
+            if error.code == "RequestTimeTooSkewed" or (refused and abs(ahead) > MOST_SECONDS_APART):
                 raise SpinError(
-                    f"expected clocks that agree, got {error.code} {where}; synchronise this node's clock"
+                    f"expected clocks that agree, got {error.code} from a server whose clock is {abs(ahead):.0f} s "
+                    f"{'ahead' if ahead > 0 else 'behind'} {where}; synchronise this node's clock"
                 ) from None
-            if error.code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "ExpiredToken"):
+            if refused:
                 raise SpinError(
                     f"expected S3 keys that may use this bucket, got {error.code} {where}; check AWS_ACCESS_KEY_ID and "
                     "AWS_SECRET_ACCESS_KEY"
@@ -220,11 +234,11 @@ class Store:
             self._client.put_object(self.bucket, key, io.BytesIO(data), len(data))
             with self._client.get_object(self.bucket, key) as response:
                 got, date = response.read(), response.headers.get("Date")
-            here = datetime.now(UTC)
+            ahead = seconds_ahead(date)
             self._client.remove_object(self.bucket, key)
         if got != data:
             raise SpinError(f"expected the bytes that were put, got others ({self.endpoint}); look at the S3 server")
-        return (parsedate_to_datetime(date) - here).total_seconds() if date else 0.0
+        return ahead
 
     def sizes(self, uri: str) -> dict[str, int]:
         """Return the sizes in bytes of the files at or below ``s3://bucket/path``, by their path below it.
@@ -290,6 +304,27 @@ class Store:
             self._client.put_object(
                 self.bucket, self.prefix + key, io.BytesIO(data), len(data), content_type="application/json"
             )
+
+    def create_json(self, key: str, value: Any) -> bool:
+        """Write a small JSON document where there is none; of several at once, one does. Return whether it was this.
+
+        A server that knows no condition on writes lets the last one win.
+        """
+        data = json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode()
+        with self._errors():
+            try:
+                # The client has no public way to make a condition.
+                self._client._put_object(
+                    self.bucket, self.prefix + key, data, {"Content-Type": "application/json", "If-None-Match": "*"}
+                )
+            except S3Error as error:
+                if error.code == "NotImplemented":
+                    self.write_json(key, value)
+                    return True
+                if error.code not in TAKEN:
+                    raise
+                return False
+        return True
 
     def remove_json(self, key: str) -> None:
         """Remove the JSON document at ``key``, if there is one."""

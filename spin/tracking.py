@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from spin.config import GenerateConfig, RunConfig
+from spin.disk import scratch
 from spin.errors import SpinError
 from spin.run import Index
 from spin.stages import Place, logger
@@ -32,7 +32,7 @@ from spin.store import digest_of, digest_of_file
 
 SECONDS_BETWEEN_FLUSHES = 3.0
 SECONDS_BEFORE_RETRY = 20.0
-# A server that hangs may take this share of a stage's time.
+# A server that hangs, or is slow, may take this share of a stage's time.
 LARGEST_SHARE = 0.1
 RUN_KEY, STAGE, ITERATION, INDEX = "spin.run_key", "spin.stage", "spin.iteration", "spin.index_digest"
 FAILURE = "spin.failure"
@@ -110,11 +110,20 @@ def _experiment(client: Any, name: str) -> str:
 
 def _find_or_create(client: Any, place: Place, experiment: str, stage: str, tags: Mapping[str, str]) -> Any:
     where = f"tags.`{RUN_KEY}` = '{place.run_key}' and tags.`{STAGE}` = '{stage}'"
-    found = client.search_runs([experiment], where, order_by=["attributes.start_time ASC"], max_results=1)
-    if found:
-        return found[0]
+    oldest = ["attributes.start_time ASC", "attributes.run_id ASC"]
+
+    def find() -> Any:
+        return next(iter(client.search_runs([experiment], where, order_by=oldest, max_results=1)), None)
+
+    if found := find():
+        return found
     name = place.run_key if stage == PARENT else stage
-    return client.create_run(experiment, run_name=name, tags={RUN_KEY: place.run_key, STAGE: stage, **tags})
+    made = client.create_run(experiment, run_name=name, tags={RUN_KEY: place.run_key, STAGE: stage, **tags})
+    # Shards that find none at once make one each.
+    if (first := find()) and first.info.run_id != made.info.run_id:
+        client.delete_run(made.info.run_id)
+        return first
+    return made
 
 
 def _parent(client: Any, place: Place, experiment: str) -> Any:
@@ -166,7 +175,7 @@ class StageLog:
         self._backlog: list[Callable[[], None]] = []
         self._points: list[tuple[int, int, dict[str, float]]] = []
         self._sent: set[int] = set()
-        self._away_until = self._flushed = 0.0
+        self._away_until = self._flush_at = 0.0
         self._status = "FINISHED"
         self._failed_before = False
         self.warned = False
@@ -241,9 +250,10 @@ class StageLog:
     def step(self, step: int, measures: Mapping[str, float]) -> None:
         """Log one training step; points are sent in batches every few seconds."""
         self._points.append((step, int(time.time() * 1000), dict(measures)))
-        if time.monotonic() - self._flushed > SECONDS_BETWEEN_FLUSHES:
-            self._flushed = time.monotonic()
+        if (started := time.monotonic()) > self._flush_at:
             self._flush()
+            now = time.monotonic()
+            self._flush_at = now + max(SECONDS_BETWEEN_FLUSHES, (now - started) / LARGEST_SHARE)
 
     def _flush(self) -> None:
         points, self._points = self._points, []
@@ -511,9 +521,9 @@ class Registry:
                 experiment, f"{place.run_key}-{card.iteration:03d}", run_id, dict(card.tags), card.params, MODEL_TYPE
             )
             try:
-                with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
-                    _pack(Path(scratch) / "model", player, card, model.model_id, run_id)
-                    self._client.log_model_artifacts(model.model_id, str(Path(scratch) / "model"))
+                with scratch() as work:
+                    _pack(work / "model", player, card, model.model_id, run_id)
+                    self._client.log_model_artifacts(model.model_id, str(work / "model"))
             except BaseException:
                 self._client.finalize_logged_model(model.model_id, "FAILED")
                 raise

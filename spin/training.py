@@ -4,6 +4,7 @@ Opponent, reference and starting point are one checkpoint. The trainer knows ten
 """
 
 import copy
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,10 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
 from diffusers.training_utils import EMAModel
 
 from spin import checkpoint
@@ -24,12 +26,18 @@ from spin.diffusion import Diffusion, Flow, denoising_error, process_of
 from spin.errors import SpinError
 from spin.families import Conditioning, Denoiser
 from spin.losses import Objective, sft_loss, spin_loss
+from spin.memory import is_full, room_for
 from spin.models import Model
 from spin.sampling import autocast
 from spin.seeding import generator_of, noise_of, seed_of
 from spin.selection import Selection
 from spin.sharding import make_whole, shard, whole
 from spin.trajectory import chain_of, exact_spin
+
+FEWER = "set train.lora_rank, or lower it, under a new run key,"
+"""What takes less memory where even the weights, with what is kept for each of them, do not fit."""
+logger = logging.getLogger("spin")
+Done = TypeVar("Done")
 
 LORA_TARGETS = [
     *("to_q", "to_k", "to_v", "to_out.0"),
@@ -176,11 +184,19 @@ class Trainer:
             )
         self.process = process_for(config, model.scheduler_config).to(model.device)
         self.accelerator = Accelerator(mixed_precision="no", cpu=model.device.type == "cpu")
-        self.accumulation = config.micro_batches(self.accelerator.num_processes)
+        config.check_processes(self.accelerator.num_processes)
+        self.micro_batch_size = config.micro_batch_size
+        """Pairs per forward pass: those asked for, or as many as memory holds."""
         self.sharded = config.sharding == "fsdp" and self.accelerator.num_processes > 1
-        self._make_players(compiled)
+        with room_for("player and opponent", FEWER):
+            self._make_players(compiled)
         self.step, self.drift = 0, 0.0
         self.history: list[dict[str, float]] = []
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of each process per optimizer step."""
+        return self.config.batch_size // (self.micro_batch_size * self.accelerator.num_processes)
 
     def _missing(self) -> list[str]:
         """Return the pairs that will be trained on but have no loser."""
@@ -304,10 +320,12 @@ class Trainer:
         denoiser = self.accelerator.unwrap_model(self.player)
         if self.config.lora_rank:
             denoiser.disable_adapters()
-        with torch.no_grad():
-            yield self.reference
-        if self.config.lora_rank:
-            denoiser.enable_adapters()
+        try:
+            with torch.no_grad():
+                yield self.reference
+        finally:
+            if self.config.lora_rank:
+                denoiser.enable_adapters()
 
     def reference_errors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the opponent's errors [B] of winners and losers."""
@@ -373,29 +391,63 @@ class Trainer:
         assert loser is not None
         return spin_loss(winner, loser, *reference, self.beta, self.config.link, self.config.loser_gradient_scale)
 
+    def fitting(self, work: Callable[[], Done]) -> Done:
+        """Return what ``work`` returns; when memory runs out, it is begun anew with smaller micro-batches.
+
+        The batch stays what it is, so the same steps follow, but for rounding.
+
+        Raises:
+            SpinError: it runs out for a single pair, or in one of several processes: the others may be waiting for
+                its gradients, and cannot be told.
+        """
+        while True:
+            try:
+                return work()
+            except RuntimeError as error:
+                if not is_full(error):
+                    raise
+            # Not while the error is at hand: it holds on to the tensors of the pass that failed.
+            self.optimizer.zero_grad(set_to_none=True)
+            clear_device_cache(garbage_collection=True)
+            self._halve()
+
+    def _halve(self) -> None:
+        """Make micro-batches at most half as large, so that whole ones make up the batch as before."""
+        size, batch = self.micro_batch_size, self.config.batch_size
+        if self.accelerator.num_processes > 1:
+            raise SpinError(
+                f"expected memory for train.micro_batch_size {size} in each process, got none left at step "
+                f"{self.step + 1} of iteration {self.iteration}; lower it, under a new run key"
+            )
+        if size == 1:
+            raise SpinError(
+                f"expected memory for a single pair, got none left at step {self.step + 1} of iteration "
+                f"{self.iteration}; set train.gradient_checkpointing or train.lora_rank, under a new run key, or use a "
+                "larger accelerator"
+            )
+        self.micro_batch_size = max(n for n in range(1, size // 2 + 1) if batch % n == 0)
+        logger.warning(
+            "iteration %d: no memory for micro-batches of %d pairs, going on with %d; the batch stays at %d",
+            self.iteration, size, self.micro_batch_size, batch,
+        )  # fmt: skip
+
     def train_step(self, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
         """Do one optimizer step and return its measures.
 
         Raises:
             Stopped: ``stop`` said so between two micro-batches; the weights are those of the step before.
+            SpinError: see ``fitting``.
         """
         config, rank = self.config, self.accelerator.process_index
         rate = learning_rate(config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         places = order(self.winners.ids, config.seed, self.iteration, self.step * config.batch_size, config.batch_size)
-        mine = places[rank :: self.accelerator.num_processes]
-        sums: dict[str, torch.Tensor] = {}
-        for micro in range(self.accumulation):
-            if self._asked(stop, micro):
-                self.optimizer.zero_grad(set_to_none=True)
-                raise Stopped
-            part = mine[micro * config.micro_batch_size : (micro + 1) * config.micro_batch_size]
-            objective = self.learn(self.batch(part), last=micro == self.accumulation - 1)
-            for name, value in objective.measures.items():
-                sums[name] = sums.get(name, torch.zeros_like(value)) + value / self.accumulation
+        sums = self.fitting(partial(self._accumulate, places[rank :: self.accelerator.num_processes], stop))
         norm = self.accelerator.clip_grad_norm_(checkpoint.trained(self.player).values(), config.max_grad_norm)
-        self.optimizer.step()
+        # The first step makes Adam's moments, which may be what does not fit.
+        with room_for("the optimizer's moments", FEWER):
+            self.optimizer.step()
         if self.average is not None:
             self.average.step(self.weights().values())
         self.optimizer.zero_grad(set_to_none=True)
@@ -405,6 +457,19 @@ class Trainer:
         ).tolist()
         self.step += 1
         return dict(zip([*sums, "grad_norm"], told, strict=True)) | {"learning_rate": rate}
+
+    def _accumulate(self, places: Sequence[tuple[int, int]], stop: Callable[[], bool]) -> dict[str, torch.Tensor]:
+        """Sum up the gradients of this process's share of a batch; return its mean measures."""
+        size, sums = self.micro_batch_size, dict[str, torch.Tensor]()
+        for micro in range(self.accumulation):
+            if self._asked(stop, micro):
+                self.optimizer.zero_grad(set_to_none=True)
+                raise Stopped
+            part = places[micro * size : (micro + 1) * size]
+            objective = self.learn(self.batch(part), last=micro == self.accumulation - 1)
+            for name, value in objective.measures.items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value / self.accumulation
+        return sums
 
     def watch(self, measures: dict[str, float]) -> None:
         """Stop a run that ruins real images.

@@ -45,14 +45,23 @@ UNGUIDED = {"opponent_guidance": 1}
 
 def best_of(train: dict[str, Any], steps: int, every: int, patience: int) -> dict[str, Any]:
     """Return an arm of up to ``steps`` steps whose best player by the validation prompts is kept."""
-    return {"train": {**train, "steps": [steps], "validate_every": every, "patience": patience}}
+    return {"train": {**train, "steps": [steps], **best_within(every, patience)}}
+
+
+def best_within(every: int, patience: int = 100) -> dict[str, Any]:
+    """Return what keeps the best player by the validation prompts, of as many steps as there are.
+
+    Rivals need it, self-play goes without: their last players would be thrown away as diverged, though they score
+    well, because their error on held-out real images is surely higher than the base's.
+    """
+    return {"validate_every": every, "patience": patience}
 
 
 ARMS: dict[str, dict[str, Any]] = {
-    "sft": {"train": SFT},
+    "sft": {"train": {**SFT, **best_within(150)}},
     "sft-best": best_of({**SFT, "learning_rate": 3e-4}, 800, 40, 5),
     "sft-lora": {"train": {**SFT, "lora_rank": 16, "learning_rate": 1e-3}},
-    "dpo": {"train": {"objective": "dpo", "pairs": "ranked"}},
+    "dpo": {"train": {"objective": "dpo", "pairs": "ranked", **best_within(50)}},
     "spin": {"train": {**SPIN, **MILD, "loser_gradient_scale": 0.5}},
 }
 SEARCHES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {

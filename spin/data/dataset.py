@@ -27,6 +27,8 @@ from spin.emoji import Split
 
 MOST_VALIDATION = 256
 """Validation rows that training measures itself on."""
+ROWS_PER_FILE = 8192
+"""Rows of latents in one file; as many are held in memory when it is written."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Dataset:
 
     @cached_property
     def _latents(self) -> "Latents":
-        return Latents(sorted(self.folder.glob("latents-*.safetensors")))
+        return Latents.under([self.folder], "latents")
 
     @property
     def latents_shape(self) -> tuple[int, int, int]:
@@ -79,7 +81,7 @@ class Dataset:
 
     def losers(self) -> "Latents":
         """Return the losers of a data set that was prepared with pairs."""
-        return Latents(sorted(self.folder.glob("losers-*.safetensors")))
+        return Latents.under([self.folder], "losers")
 
     def held_out(self, split: Split, limit: int) -> list[HeldOut]:
         """Return at most ``limit`` rows of ``split``, in the order of the data set."""
@@ -100,10 +102,24 @@ class Latents:
             ids = shard.metadata()["ids"].split()
             self._where |= {id: (number, row) for row, id in enumerate(ids)}
 
+    @classmethod
+    def under(cls, folders: Sequence[Path], side: str) -> "Latents":
+        """Open the files of one side of the pairs (``latents``, ``winners``, ``losers``) in all ``folders``."""
+        return cls([path for folder in folders for path in sorted(folder.glob(f"{side}*.safetensors"))])
+
     @staticmethod
     def write(path: Path, ids: Sequence[str], latents: torch.Tensor) -> None:
         """Write one file: ``latents`` [len(ids), C, H, W] as float16."""
         save_file({"latents": latents.half().cpu().contiguous()}, path, metadata={"ids": " ".join(ids)})
+
+    def save(self, folder: Path, side: str) -> Path:
+        """Write all rows into ``folder``, which is made, as files of ``ROWS_PER_FILE``; return it."""
+        folder.mkdir()
+        ids = self.ids
+        for number, start in enumerate(range(0, max(1, len(ids)), ROWS_PER_FILE)):
+            rows = ids[start : start + ROWS_PER_FILE]
+            self.write(folder / f"{side}-{number:05d}.safetensors", rows, self.of(rows))
+        return folder
 
     @property
     def ids(self) -> list[str]:
@@ -122,4 +138,6 @@ class Latents:
     def of(self, ids: Sequence[str]) -> torch.Tensor:
         """Return the latents of ``ids``, float32 [len(ids), C, H, W]."""
         places = [self._where[id] for id in ids]
+        if not places:
+            return torch.zeros(0, *self.shape)
         return torch.stack([self._shards[shard][row] for shard, row in places]).float()

@@ -1,6 +1,5 @@
 """generate-synthetic: the opponent draws the losers for one shard of the prompts that training will see."""
 
-import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from spin import tracking
 from spin.config import RunConfig
+from spin.disk import scratch
 from spin.errors import SpinError
 from spin.progress import Progress, forget
 from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iteration, whole_shards
@@ -52,8 +52,9 @@ def generate(place: Place, iteration: int, shard: int = 0, shards: int = 1) -> I
     """Draw and store the losers of one shard, as latents.
 
     Returns:
-        The index: output ``losers``, a safetensors file with ``latents`` float16 [n, C, H, W] and the pair ids. Where
-        a scorer makes the pairs, ``losers`` are the worst draws of the training prompts, ``winners`` the best.
+        The index: output ``losers``, a folder of safetensors files with ``latents`` float16 [n, C, H, W] and the pair
+        ids. Where a scorer makes the pairs, ``losers`` are the worst draws of the training prompts, ``winners`` the
+        best.
     """
     iteration, shard, shards = whole_iteration(iteration, 1), int(shard), whole_shards(shards)
     if not 0 <= shard < shards:
@@ -102,6 +103,7 @@ def _generate(
     from spin import models
     from spin.accounting import cost, flops_per_image
     from spin.data.dataset import Dataset, Latents
+    from spin.memory import room_for
     from spin.sampling import batches, fast_precision, roundtrip, sample_latents, shard_batches
     from spin.scoring import best_and_worst, primary_scorer
     from spin.seeding import noise_of
@@ -119,14 +121,11 @@ def _generate(
     samples: list[tuple[int, ...]] = [(i,) for i in range(config.train.ranked_draws)] if ranks else [()]
     drawn: dict[str, list[torch.Tensor]] = {"losers": [], "winners": []} if ranks else {"losers": []}
     ids: list[str] = []
-    done = progress.facts.get("batches", 0)
+    pieces, begun = list(progress.folders), progress.facts.get("batches", 0)
+    kept = sum(len(rows) for rows in mine[:begun])
     total = sum(len(rows) for rows in mine) * len(samples)
-    if progress.folders:
-        for side in drawn:
-            kept = Latents([folder / f"{side}.safetensors" for folder in progress.folders])
-            ids = kept.ids
-            drawn[side].append(kept.of(ids))
-        logger.info("iteration %d: shard %d of %d: going on after %d images", iteration, shard + 1, shards, len(ids))
+    if pieces:
+        logger.info("iteration %d: shard %d of %d: going on after %d images", iteration, shard + 1, shards, kept)
     spent: dict[str, float] = {}
     if mine:
         model = models.load(run.store.get(opponent))
@@ -134,17 +133,31 @@ def _generate(
         precision = fast_precision(model.device)
         flops = flops_per_image(model, pairs.latents_shape, options, decoded=False)
         scorer = primary_scorer(config.score, model.device, run.store.download) if ranks else None
-    with tempfile.TemporaryDirectory(prefix="spin-") as scratch, ThreadPoolExecutor(1) as uploads:
-        fresh, since = len(ids), time.monotonic()
+    with scratch() as work, ThreadPoolExecutor(1) as uploads:
+
+        def piece() -> Path:
+            """Write what was drawn since the last piece: memory never holds more of a shard."""
+            folder = work / f"part-{len(pieces):06d}"
+            folder.mkdir()
+            for side, parts in drawn.items():
+                latents = torch.cat([torch.zeros(0, *pairs.latents_shape), *parts])
+                Latents.write(folder / f"{side}.safetensors", ids, latents)
+                parts.clear()
+            ids.clear()
+            pieces.append(folder)
+            return folder
+
+        since = time.monotonic()
         upload: Future[None] | None = None
-        for number, rows in enumerate(mine[done:], done + 1):
+        for number, rows in enumerate(mine[begun:], begun + 1):
             names, asked = [prompts[row].id for row in rows], [prompts[row].prompt for row in rows]
             draws = []
             for sample in samples:
                 name = ("generate", options.seed, iteration)
                 noise = torch.stack([noise_of(pairs.latents_shape, *name, id, *sample) for id in names])
-                latents = sample_latents(model, asked, noise, options, precision)
-                draws.append((roundtrip(model, latents, precision) if options.roundtrip else latents).cpu())
+                with room_for(f"generate.batch_size {options.batch_size}"):
+                    latents = sample_latents(model, asked, noise, options, precision)
+                    draws.append((roundtrip(model, latents, precision) if options.roundtrip else latents).cpu())
             if scorer:
                 winners, losers = best_and_worst(torch.stack(draws), model, scorer, asked, precision)
                 drawn["winners"].append(winners)
@@ -152,32 +165,29 @@ def _generate(
             else:
                 drawn["losers"] += draws
             ids += names
+            kept += len(names)
             logger.info(
                 "iteration %d: shard %d of %d: %d of %d images, %.1f images/s",
                 iteration,
                 shard + 1,
                 shards,
-                len(ids) * len(samples),
+                kept * len(samples),
                 total,
-                len(ids) * len(samples) / max(before + clock.seconds, 1e-3),
+                kept * len(samples) / max(before + clock.seconds, 1e-3),
             )
             if time.monotonic() - since > SECONDS_BETWEEN_PARTS and number < len(mine):
                 # The next batch is drawn beside the upload.
                 if upload:
                     upload.result()
-                folder = Path(scratch) / f"part-{number:06d}"
-                folder.mkdir()
-                for side, parts in drawn.items():
-                    Latents.write(folder / f"{side}.safetensors", ids[fresh:], torch.cat(parts)[fresh:])
-                upload = uploads.submit(progress.add, folder, before + clock.seconds, batches=number)
-                fresh, since = len(ids), time.monotonic()
+                upload = uploads.submit(progress.add, piece(), before + clock.seconds, batches=number)
+                since = time.monotonic()
         if upload:
             upload.result()
+        if ids or not pieces:
+            piece()
         outputs = {}
-        for side, parts in drawn.items():
-            path = Path(scratch) / f"{side}.safetensors"
-            Latents.write(path, ids, torch.cat(parts) if parts else torch.zeros(0, *pairs.latents_shape))
-            outputs[side] = run.store.put_file(path)
+        for side in drawn:
+            outputs[side] = run.store.put_folder(Latents.under(pieces, side).save(work / side, side))
     seconds = round(before + clock.seconds, 2)
     if mine:
         spent = cost(model.device, precision, flops, total, seconds, accelerators)

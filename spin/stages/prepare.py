@@ -2,13 +2,13 @@
 
 import io
 import json
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spin import tracking
 from spin.config import RunConfig
+from spin.disk import scratch
 from spin.errors import SpinError
 from spin.presets import resolve
 from spin.run import Clock, Index, Run, producer, whole_iteration
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from spin.models import Model
 
 MOST_REJECTIONS_LISTED = 10_000
-ROWS_PER_FILE = 8192
 
 
 def prepare(
@@ -85,8 +84,7 @@ def _prepare(run: Run, config: RunConfig, inputs: dict[str, Any], clock: Clock) 
     if config.score.frechet_model:
         Features(config.score.frechet_model, model.device)
     asked = {"prompts": prompts.stored(run.store, config.score.prompts)} if config.score.prompts else {}
-    with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
-        work = Path(scratch)
+    with scratch() as work:
         data = config.data.model_copy(update={"source": local(config.data.source)})
         counts, rejections = _write(work / "dataset", config.model_copy(update={"data": data}), model)
         accepted = counts["train"]
@@ -161,14 +159,15 @@ def _write(target: Path, config: RunConfig, model: "Model") -> tuple[Counter[str
     import pyarrow.parquet as pq
     import torch
 
-    from spin.data.dataset import MOST_VALIDATION, Latents
+    from spin.data.dataset import MOST_VALIDATION, ROWS_PER_FILE, Latents
     from spin.data.sources import Rejection, Row, read
+    from spin.memory import room_for
     from spin.sampling import autocast, fast_precision
 
     target.mkdir()
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    index: list[dict[str, str]] = []
+    index: dict[str, list[str]] = {"id": [], "prompt": [], "split": []}
     held_out: list[dict[str, Any]] = []
     ids: list[str] = []
     latents: dict[str, list[torch.Tensor]] = {"latents": [], "losers": []}
@@ -182,7 +181,7 @@ def _write(target: Path, config: RunConfig, model: "Model") -> tuple[Counter[str
             if images[0] is None:
                 continue
             pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
-            with autocast(model.device, precision):
+            with room_for(f"data.encode_batch {config.data.encode_batch}"), autocast(model.device, precision):
                 latents[side].append(model.encode(pixels.float() / 127.5 - 1).half().cpu())
         ids.extend(row.id for row in waiting)
         waiting.clear()
@@ -212,7 +211,8 @@ def _write(target: Path, config: RunConfig, model: "Model") -> tuple[Counter[str
                     continue
                 asked.add(row.prompt)
             counts[row.split] += 1
-            index.append({"id": row.id, "prompt": row.prompt, "split": row.split})
+            for name, values in index.items():
+                values.append(getattr(row, name))
             if row.split == "train" or (row.split == "validation" and counts[row.split] <= MOST_VALIDATION):
                 waiting.append(row)
                 if len(waiting) == config.data.encode_batch:
@@ -228,9 +228,7 @@ def _write(target: Path, config: RunConfig, model: "Model") -> tuple[Counter[str
     if repeated:
         logger.info("prepare: %d further images of held-out prompts left out", repeated)
     text = pa.string()
-    pq.write_table(
-        pa.Table.from_pylist(index, pa.schema({"id": text, "prompt": text, "split": text})), target / "index.parquet"
-    )
+    pq.write_table(pa.table(index, pa.schema(dict.fromkeys(index, text))), target / "index.parquet")
     pq.write_table(
         pa.Table.from_pylist(held_out, pa.schema({"id": text, "prompt": text, "split": text, "image": pa.binary()})),
         target / "held-out.parquet",

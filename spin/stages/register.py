@@ -93,7 +93,8 @@ def register(place: Place, model_name: str, iterations: int, policy: Mapping[str
             seconds=clock.seconds,
             items=len(candidates),
             producer=producer(),
-        )
+        ),
+        instead_of=known,
     )
 
 

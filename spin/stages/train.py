@@ -3,18 +3,19 @@
 import json
 import shutil
 import signal
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from spin import tracking
 from spin.config import RunConfig
+from spin.disk import scratch
 from spin.processes import joined, node_count, rank, spread
 from spin.progress import Progress, forget
 from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iteration, whole_shards
@@ -122,8 +123,8 @@ def _train(
     folder = run.store.get(opponent)
     model = models.load(folder)
 
-    def latents(refs: list[Ref]) -> Latents | None:
-        return Latents([run.store.get(ref) for ref in refs]) if refs else None
+    def latents(refs: list[Ref], side: str = "losers") -> Latents | None:
+        return Latents.under([run.store.get(ref) for ref in refs], side) if refs else None
 
     winners = Dataset(run.store.get(dataset))
     flops = flops_per_pair(model, winners.latents_shape, config.train)
@@ -135,7 +136,7 @@ def _train(
         iteration,
         fast_precision(model.device),
         latents(previous),
-        latents(best),
+        latents(best, "winners"),
         models.compiles(config.compile, model.device, config.train.consumes(iteration)),
     )
     progress = Progress(run, stage, inputs)
@@ -145,7 +146,11 @@ def _train(
     spoken = 0.0
 
     def on_step(step: int, measures: dict[str, float]) -> None:
-        nonlocal spoken
+        nonlocal spoken, resume
+        if resume:
+            # What the interrupted attempt did not get to tell comes before what follows.
+            log.curves(told(trainer.history[:-1]))
+            resume = None
         log.step(step, measures)
         if time.monotonic() - spoken > SECONDS_BETWEEN_LINES or step == trainer.steps:
             spoken = time.monotonic()
@@ -170,7 +175,8 @@ def _train(
         upload = uploads.submit(store_checkpoint, path, trainer.step, before + clock.seconds)
 
     # Before the first step, and before a checkpoint is loaded, the player is its opponent.
-    before_training, snr = errors_on_grid(trainer), gradient_snr(trainer)
+    before_training = trainer.fitting(partial(errors_on_grid, trainer))
+    snr = trainer.fitting(partial(gradient_snr, trainer))
     facts: dict[str, Any] = {"beta": beta}
     selection = None
     if config.train.validate_every:
@@ -179,8 +185,7 @@ def _train(
         score = validation_score(model, config, winners, trainer.accelerator, run.store.download)
         selection = Selection(score, config.train.validate_every, config.train.patience)
     outputs = {"model": opponent}
-    with tempfile.TemporaryDirectory(prefix="spin-") as scratch, ThreadPoolExecutor(1) as uploads:
-        work = Path(scratch)
+    with scratch() as work, ThreadPoolExecutor(1) as uploads:
         try:
             with asked_to_stop() as stop:
                 try:
@@ -188,7 +193,8 @@ def _train(
                 finally:
                     if upload:
                         upload.result()
-            held_out = measure(before_training, errors_on_grid(trainer)) | {"gradient_snr": snr}
+            after_training = trainer.fitting(partial(errors_on_grid, trainer))
+            held_out = measure(before_training, after_training) | {"gradient_snr": snr}
             word, reason = verdict(held_out, selection.best_step if selection else None)
             facts["held_out"] = held_out
         except Stopped:
@@ -205,11 +211,10 @@ def _train(
             models.export(folder, player, work / "model")
             outputs["rejected" if word == "diverged" else "model"] = run.store.put_folder(work / "model")
         path = work / "history.jsonl"
-        # Seconds differ from run to run; the history's digest should not.
-        rows = [{key: value for key, value in row.items() if key != "seconds"} for row in trainer.history]
+        rows = told(trainer.history)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         outputs["history"] = run.store.put_file(path)
-    facts["steps"] = trainer.step
+    facts |= {"steps": trainer.step, "micro_batch_size": trainer.micro_batch_size}
     if selection:
         facts |= {"best_step": selection.best_step, "validation_score": selection.best_score}
     if rows:
@@ -232,6 +237,11 @@ def _train(
     forget(run, stage)
     trainer.accelerator.wait_for_everyone()
     return index
+
+
+def told(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """Return a history without the seconds, which differ from run to run; its digest should not."""
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
 
 
 @contextmanager

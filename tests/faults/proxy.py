@@ -1,6 +1,7 @@
-"""A faulty way to a real S3 server: it forwards every request, but for the faults that a test asks for."""
+"""A faulty way to a real S3 or MLflow server: it forwards every request, but for the faults that a test asks for."""
 
 import http.client
+import json
 import math
 import threading
 import time
@@ -39,6 +40,12 @@ def s3_error(status: int, code: str) -> Answer:
     return Answer(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))], body)
 
 
+def mlflow_error(status: int, code: str) -> Answer:
+    """Return an error as an MLflow server words it."""
+    body = json.dumps({"error_code": code, "message": f"{code}, says the server"}).encode()
+    return Answer(status, [("Content-Type", "application/json"), ("Content-Length", str(len(body)))], body)
+
+
 class Proxy:
     """Listens on a port of its own; ``fault`` decides on every answer, and may be changed at any time.
 
@@ -64,11 +71,16 @@ class Proxy:
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
+    @property
+    def listens(self) -> bool:
+        return self._server is not None
+
     def refuse(self) -> None:
         """Stop to listen: connections are refused from now on."""
         assert self._server
         self._server.shutdown()
         self._server.server_close()
+        self._server = None
 
     def refuse_for(self, seconds: float) -> None:
         self.refuse()
@@ -93,7 +105,7 @@ class Proxy:
                 if self.command != "HEAD":
                     self.wfile.write(answer.body[: answer.send])
 
-            do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = answer
+            do_GET = do_PUT = do_HEAD = do_POST = do_PATCH = do_DELETE = answer
 
             def forward(self, request: Request) -> Answer:
                 connection = http.client.HTTPConnection(proxy.upstream, timeout=60)

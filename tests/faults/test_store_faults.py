@@ -1,6 +1,9 @@
 """The store behind a faulty network and a failing server: work is done late, or refused in one line; never half."""
 
+import re
+import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, tzinfo
 from pathlib import Path
 
 import pytest
@@ -132,6 +135,35 @@ def test_what_stays_is_one_line_and_nothing_is_half_there(
     assert words in refusal(lambda: store.put_folder(folder))
     proxy.fault = none
     assert sound(store)
+    there_and_back(store, folder)
+
+
+@pytest.mark.parametrize("minutes", [-20, 20])
+def test_a_wrong_clock_is_named(
+    laptop_servers: Laptop, folder: Path, monkeypatch: pytest.MonkeyPatch, minutes: int
+) -> None:
+    """The real server refuses what is signed at another time, also where its answer cannot say why."""
+
+    class Wrong(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> "Wrong":
+            return cls.fromtimestamp(time.time() + 60 * minutes, tz)
+
+    store = Store(f"s3://spin/faulty-{next(NUMBER)}", laptop_servers.s3_endpoint)
+    with monkeypatch.context() as patch:
+        patch.setattr("spin.store.datetime", Wrong)
+        patch.setattr("minio.time.datetime", Wrong)
+        for act in (store.check, lambda: store.put_folder(folder), lambda: store.read_json("runs/r/run.json")):
+            line = refusal(act)
+            found = re.fullmatch(
+                r"expected clocks that agree, got \w+ from a server whose clock is (\d+) s (ahead|behind) \(.+\); "
+                "synchronise this node's clock",
+                line,
+            )
+            assert found, line
+            assert abs(int(found[1]) - 60 * abs(minutes)) < 30
+            assert found[2] == ("behind" if minutes > 0 else "ahead")
+    store.check()
     there_and_back(store, folder)
 
 

@@ -1,6 +1,7 @@
 """The stages, one after another, with tiny models: what they leave behind, and what a rerun makes of it."""
 
 import json
+import logging
 import math
 import re
 import shutil
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ import spin.sampling
 from spin import models
 from spin.data.dataset import Dataset, Latents
 from spin.errors import SpinError
+from spin.losses import Objective
 from spin.presets import preset
 from spin.run import Index, Run
 from spin.sampling import batches, decode, fast_precision, sample_latents
@@ -38,7 +41,7 @@ from spin.stages.register import register
 from spin.stages.score import score
 from spin.stages.train import goes_on, train
 from spin.store import Ref, Store
-from spin.training import Trainer
+from spin.training import Batch, Trainer
 from tests import tiny
 from tests.integration.conftest import Played
 from tests.integration.world import BUCKET, World
@@ -56,13 +59,14 @@ def losers(world: World, indexes: list[Index]) -> dict[str, bytes]:
     """Return the latents of every pair id, byte for byte."""
     found: dict[str, bytes] = {}
     for index in indexes:
-        path = world.store().get(index.outputs["losers"])
-        with safe_open(path, framework="pt") as file:
-            ids = file.metadata()["ids"].split()
-        latents = load_file(path)["latents"]
-        assert latents.dtype == torch.float16
-        rows = {id: row.numpy().tobytes() for id, row in zip(ids, latents, strict=True)}
-        assert len(rows) == len(ids) == index.items
+        rows: dict[str, bytes] = {}
+        for path in world.store().get(index.outputs["losers"]).iterdir():
+            with safe_open(path, framework="pt") as file:
+                ids = file.metadata()["ids"].split()
+            latents = load_file(path)["latents"]
+            assert latents.dtype == torch.float16
+            rows |= {id: row.numpy().tobytes() for id, row in zip(ids, latents, strict=True)}
+        assert len(rows) == index.items
         assert not rows.keys() & found.keys()
         found |= rows
     return found
@@ -366,14 +370,16 @@ def stored(world: World) -> set[str]:
 
 
 def test_a_killed_shard_goes_on_where_it_was(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spin.data.dataset.ROWS_PER_FILE", 8)
     whole = generate(shared(world, "shard-in-one-go"), 1)
+    assert len(list(world.store().get(whole.outputs["losers"]).iterdir())) > 1
     place, objects = shared(world, "shard-killed"), stored(world)
     monkeypatch.setattr("spin.stages.generate.SECONDS_BETWEEN_PARTS", -1.0)
     write, drawn, sample = Run.write_progress, [], spin.sampling.sample_latents
 
     def stop(self: Run, stage: str, value: dict[str, Any]) -> None:
         write(self, stage, value)
-        if value["batches"] == 2:
+        if value["facts"]["batches"] == 2:
             raise Interrupted
 
     monkeypatch.setattr(Run, "write_progress", stop)
@@ -517,7 +523,7 @@ def test_killed_generation_leaves_no_index(world: World, monkeypatch: pytest.Mon
         raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr("spin.store.Store.put_file", stop)
+        patch.setattr("spin.store.Store.put_folder", stop)
         with pytest.raises(Interrupted):
             generate(place, 1)
     assert not [name for name in world.documents("killed") if "generate" in name]
@@ -551,7 +557,7 @@ def test_losers_of_two_iterations_are_mixed_from_the_second_on(world: World) -> 
 def test_dpo_learns_from_the_datas_own_pairs(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny.pairs(tmp_path / "pairs")
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    monkeypatch.setattr("spin.stages.prepare.ROWS_PER_FILE", 8)
+    monkeypatch.setattr("spin.data.dataset.ROWS_PER_FILE", 8)
     place = world.place("dpo")
     options = tiny.overrides(world.judge, objective="dpo", warmup_steps=0)
     prepared = prepare(place, "emoji-cpu", str(world.base), str(folder), options, iterations=1)
@@ -582,8 +588,9 @@ def test_dpo_may_learn_from_pairs_that_a_scorer_ranks(world: World) -> None:
     one, two = generate(place, 1), [generate(place, 1, shard, 2) for shard in (0, 1)]
     prepared = world.run("ranked").need("prepare", "")
     assert one.items == sum(index.items for index in two) == 3 * prepared.items
-    drawn = {side: Latents([world.store().get(one.outputs[side])]) for side in ("winners", "losers")}
-    again = {side: Latents([world.store().get(index.outputs[side]) for index in two]) for side in ("winners", "losers")}
+    sides = ("winners", "losers")
+    drawn = {side: Latents.under([world.store().get(one.outputs[side])], side) for side in sides}
+    again = {side: Latents.under([world.store().get(index.outputs[side]) for index in two], side) for side in sides}
     data, config = Dataset(world.store().get(prepared.outputs["dataset"])), world.run("ranked").config()
     model = models.load(world.base)
     precision, scorer = fast_precision(model.device), primary_scorer(config.score, model.device, world.store().download)
@@ -663,6 +670,47 @@ def test_after_divergence_the_opponent_is_kept_and_play_ends(world: World) -> No
     assert registered.outputs["model"] == base
     assert registered.iteration == 0
     assert registered.facts["version"] == ""
+
+
+@pytest.mark.parametrize("first", [1, 3])
+def test_a_loss_that_is_no_number_ends_the_iteration(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, first: int
+) -> None:
+    """From the first step on, or later: the reason is one line, nothing is registered, and a rerun trains no more."""
+    place = shared(world, f"no-number-{first}", steps=[5])
+    generate(place, 1)
+    objective, do, steps = Trainer.objective, Trainer.train_step, []
+
+    def step(self: Trainer, *given: Any) -> dict[str, float]:
+        steps.append(self.step + 1)
+        return do(self, *given)
+
+    def broken(self: Trainer, batch: Batch) -> Objective:
+        made = objective(self, batch)
+        share = math.nan if self.step + 1 >= first else 1.0
+        return replace(
+            made, loss=made.loss * share, measures={name: value * share for name, value in made.measures.items()}
+        )
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+    monkeypatch.setattr(Trainer, "objective", broken)
+    with caplog.at_level(logging.INFO, "spin"):
+        index = train(place, 1)
+    assert steps == [*range(1, first + 1)]
+    assert index.facts["verdict"] == "diverged"
+    assert index.facts["reason"] == (
+        f"expected finite measures, got loss nan at step {first} of iteration 1; lower train.learning_rate, under a "
+        "new run key"
+    )
+    assert f"iteration 1: diverged, {index.facts['reason']}" in [record.getMessage() for record in caplog.records]
+    assert [row["step"] for row in history(world, index)] == [*range(1, first)]
+    assert index.outputs["model"] == world.run(place.run_key).need("prepare", "").outputs["base"]
+    assert train(place, 1) == index
+    assert steps == [*range(1, first + 1)]
+    assert not goes_on(place, 2)
+    for iteration in (0, 1):
+        score(place, iteration)
+    assert register(world.place(place.run_key, world.servers.mlflow_uri), "never", 1).facts["version"] == ""
 
 
 def test_a_player_that_ruins_unseen_images_is_set_aside(world: World) -> None:
@@ -757,7 +805,7 @@ def test_validation_picks_the_challenger_not_test(world: World, played: Played) 
             metrics = json.loads(json.dumps(index.facts["metrics"]))
             metrics["validation"]["clip_score"]["value"] = 30.0 if k == best else 20.0
             metrics["test"]["clip_score"]["value"] = 20.0 if k == best else 30.0
-            run.finish(index.model_copy(update={"facts": index.facts | {"metrics": metrics}}))
+            run.finish(index.model_copy(update={"facts": index.facts | {"metrics": metrics}}), instead_of=index)
         index = register(world.place(key, world.servers.mlflow_uri), f"model-{key}", 2)
         assert index.iteration == best
         assert index.facts["version"] == index.facts["versions"][str(best)]

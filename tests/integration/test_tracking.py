@@ -374,7 +374,7 @@ def test_registering_again_makes_no_second_version(client: MlflowClient, world: 
     assert {version["version"] for version in before} == {v.version for v in client.search_model_versions(where)}
     challenger = client.get_model_version_by_alias(played.model_name, "challenger")
     assert str(challenger.version) == again.facts["version"]
-    world.run("played").finish(played.indexes["register"])
+    world.run("played").finish(played.indexes["register"], instead_of=again)
 
 
 def test_more_iterations_add_versions(world: World, played: Played) -> None:

@@ -168,6 +168,7 @@ def test_costs_are_means_over_seeds(rows: list[Row]) -> None:
 
 
 def test_the_report_shows_every_row_and_the_choice(run: Run, rows: list[Row]) -> None:
+    rows[1] = replace(rows[1], diverged=1)
     lines = compare(run, rows, "test")
     facts = {
         "split": "test",
@@ -181,3 +182,5 @@ def test_the_report_shows_every_row_and_the_choice(run: Run, rows: list[Row]) ->
     assert f"| {100 * lines[2]['gain_share']:+.0f} % |" in text
     assert "| sft | 36 s, 8 | 72 s, 8 | 36 s, 8 | 25 % / 50 % / 25 % | 0.320 |" in text
     assert "30 test prompts, 2 image(s) each, 2 training seed(s)" in text
+    assert "; sft: 1 seed(s) diverged, and count with the player before" in text
+    assert "spin 1: " not in text

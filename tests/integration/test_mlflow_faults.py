@@ -1,0 +1,196 @@
+"""MLflow behind a faulty network: training goes on, and what it had to tell arrives late, whole, in order and once."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from mlflow import MlflowClient
+
+from spin import tracking
+from spin.run import Index
+from spin.stages import Place
+from spin.stages.generate import generate
+from spin.stages.train import train
+from spin.training import Trainer
+from tests.faults.proxy import Answer, Fault, Proxy, Request, mlflow_error, slow
+from tests.integration.test_tracking import Interrupted, only, points
+from tests.integration.world import World
+
+pytestmark = pytest.mark.integration
+NUMBER = itertools.count()
+TRAINING = "iteration-001/train"
+CURVES = ("loss", "winner_drift", "learning_rate")
+
+
+@pytest.fixture
+def proxy(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A way to MLflow; every step is told at once, and a server that was away is asked again at the next one."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(tracking, "SECONDS_BETWEEN_FLUSHES", 0.0)
+    monkeypatch.setattr(tracking, "SECONDS_BEFORE_RETRY", 0.0)
+    monkeypatch.setattr(tracking, "LARGEST_SHARE", 1e9)
+    proxy = Proxy(world.servers.mlflow_uri)
+    yield proxy
+    if proxy.listens:
+        proxy.refuse()
+
+
+@pytest.fixture(scope="module")
+def client(world: World) -> MlflowClient:
+    return MlflowClient(tracking_uri=world.servers.mlflow_uri)
+
+
+def drawn(world: World, run_key: str, **training: object) -> Place:
+    """Return the place, without MLflow, of a run that is to be trained next."""
+    place = world.place(run_key)
+    world.prepare(place, **training)
+    generate(place, 1)
+    return place
+
+
+def before_step(monkeypatch: pytest.MonkeyPatch, changes: dict[int, Callable[[], object]]) -> None:
+    """Call ``changes`` before the steps that they are named by."""
+    do = Trainer.train_step
+
+    def step(self: Trainer, *given: object) -> dict[str, float]:
+        changes.pop(self.step + 1, lambda: None)()
+        return do(self, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+
+
+def assert_told(client: MlflowClient, index: Index, run_key: str, steps: int) -> None:
+    run = only(client, run_key, TRAINING)
+    assert run.info.status == "FINISHED"
+    for name in CURVES:
+        assert [step for step, _ in points(client, run, name)] == [*range(1, steps + 1)]
+    assert points(client, run, "loss")[-1][1] == index.facts["final_loss"]
+    assert run.data.tags["spin.model"] == index.outputs["model"].digest
+    assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["index.json"]
+
+
+def none(_: Request, forward: Callable[[], Answer]) -> Answer:
+    return forward()
+
+
+def login(*_: object) -> Answer:
+    body = b"<html>Please log in"
+    return Answer(200, [("Content-Type", "text/html"), ("Content-Length", str(len(body)))], body)
+
+
+def lost(_: Request, forward: Callable[[], Answer]) -> Answer:
+    """Let the server do what it is asked, and lose its answer."""
+    answer = forward()
+    answer.send = 0
+    return answer
+
+
+def test_every_fault_within_one_stage(
+    world: World,
+    client: MlflowClient,
+    proxy: Proxy,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Down at the start; then it comes and goes, each time in another way; at the end it is well."""
+    place = drawn(world, "mlflow-faulty", steps=[30])
+    proxy.refuse()
+    counts = []
+
+    def fault(kind: Fault) -> Callable[[], object]:
+        def change() -> None:
+            counts.append(len(proxy.seen))
+            proxy.fault = kind
+
+        return change
+
+    changes = {
+        3: proxy.listen,
+        6: proxy.refuse,
+        9: proxy.listen,
+        **{
+            first: fault(kind)
+            for first, kind in [
+                (10, lambda *_: mlflow_error(403, "PERMISSION_DENIED")),
+                (13, none),
+                (14, lambda *_: mlflow_error(503, "TEMPORARILY_UNAVAILABLE")),
+                (17, none),
+                # A version that does not know what it is asked.
+                (18, lambda *_: mlflow_error(404, "ENDPOINT_NOT_FOUND")),
+                (21, none),
+                (22, login),
+                (25, none),
+                (26, lost),
+                (29, none),
+            ]
+        },
+    }
+    before_step(monkeypatch, changes)
+    index = train(world.place("mlflow-faulty", proxy.endpoint), 1)
+    assert changes == {}, "all of it happened"
+    assert all(later > earlier for earlier, later in itertools.pairwise(counts)), "it was asked in between"
+    assert index == world.run("mlflow-faulty").find(TRAINING)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings
+    assert not [line for line in warnings if "\n" in line]
+    assert_told(client, index, "mlflow-faulty", 30)
+    assert train(place, 1) == index
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(lambda *_: mlflow_error(403, "PERMISSION_DENIED"), id="403"),
+        pytest.param(lambda *_: mlflow_error(404, "ENDPOINT_NOT_FOUND"), id="wrong-version"),
+        pytest.param(login, id="login-page"),
+    ],
+)
+def test_a_server_that_refuses_all_along_is_told_by_a_rerun(
+    world: World, client: MlflowClient, proxy: Proxy, caplog: pytest.LogCaptureFixture, kind: Fault
+) -> None:
+    name = f"mlflow-refuses-{next(NUMBER)}"
+    drawn(world, name)
+    proxy.fault = kind
+    index = train(world.place(name, proxy.endpoint), 1)
+    assert f"{TRAINING} is safe in the store, run the stage again to log it" in caplog.text
+    proxy.fault = none
+    assert train(world.place(name, proxy.endpoint), 1) == index
+    assert_told(client, index, name, 3)
+
+
+def test_a_slow_server_takes_a_small_share_of_the_time(
+    world: World, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However slow its answers are, steps wait for a tenth of the time at most."""
+    monkeypatch.setattr(tracking, "LARGEST_SHARE", 0.1)
+    with tracking.stage(world.place("mlflow-slow", proxy.endpoint), TRAINING, 1) as log:
+        proxy.fault = slow(0.15)
+        began, waited, step = time.monotonic(), 0.0, 0
+        while time.monotonic() < began + 4:
+            step += 1
+            asked = time.monotonic()
+            log.step(step, {"loss": 0.5})
+            waited += time.monotonic() - asked
+            time.sleep(0.01)
+        assert 0.1 < waited < 0.3 * (time.monotonic() - began)
+        proxy.fault = none
+
+
+def test_what_a_killed_attempt_did_not_tell_comes_first(
+    world: World, client: MlflowClient, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A curve's points are in order by their times too, which the server lists them by."""
+    place = drawn(world, "mlflow-killed", steps=[6])
+
+    def kill() -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        before_step(patch, {4: kill})
+        with pytest.raises(Interrupted):
+            train(place, 1)
+    index = train(world.place("mlflow-killed", proxy.endpoint), 1)
+    assert_told(client, index, "mlflow-killed", 6)
