@@ -42,6 +42,8 @@ def play_arms(
             run_key=run_key,
             iterations=iterations,
             shards=shards,
+            # Arms train side by side; one pod each is as fair and needs less.
+            train_nodes=1,
             store_uri=store_uri,
             store_endpoint=store_endpoint,
             store_secret=store_secret,

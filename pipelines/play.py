@@ -12,6 +12,7 @@ from components.prepare_data.component import prepare_data
 from components.require_preflight.component import require_preflight
 from components.score_metrics.component import score_metrics
 from components.spin_train.component import spin_train
+from components.spin_train_nodes.component import spin_train_nodes
 from pipelines.placement import place_on_cpu, place_on_gpu, with_retries, with_secrets, with_store
 
 
@@ -51,11 +52,52 @@ def prepare_and_score_base(
     return key, base
 
 
+@dsl.pipeline(name="train-player", display_name="Train player")
+def train_player(
+    run_key: str,
+    iteration: int,
+    shards: int,
+    train_nodes: int,
+    losers: dsl.Input[list[dsl.Dataset]],
+    store_uri: str,
+    store_endpoint: str,
+    store_secret: str,
+    tracking_uri: str,
+    tracking_secret: str,
+    experiment: str,
+    gpu_count: int,
+    gpu_node_selector: dict,
+    gpu_tolerations: list,
+):
+    """Training in a pod of its own, or on several nodes; other tasks can't wait for one branch of two."""
+    place = {
+        "store_uri": store_uri,
+        "store_endpoint": store_endpoint,
+        "tracking_uri": tracking_uri,
+        "experiment": experiment,
+        "run_key": run_key,
+        "iteration": iteration,
+        "accelerators": gpu_count,
+        "shards": shards,
+        "losers": losers,
+    }
+
+    def placed(task: dsl.PipelineTask) -> dsl.PipelineTask:
+        with_secrets(with_retries(task), store_secret, tracking_secret)
+        return place_on_gpu(task, "8", "64Gi", gpu_count, gpu_node_selector, gpu_tolerations)
+
+    with dsl.If(train_nodes > 1, name="on several nodes"):
+        placed(spin_train_nodes(nodes=train_nodes, **place)).set_display_name("Train player on nodes")
+    with dsl.Else(name="in one pod"):
+        placed(spin_train(**place)).set_display_name("Train player")
+
+
 @dsl.pipeline(name="spin-iteration", display_name="Iteration")
 def spin_iteration(
     run_key: str,
     iteration: int,
     shards: int,
+    train_nodes: int,
     store_uri: str,
     store_endpoint: str,
     store_secret: str,
@@ -68,26 +110,33 @@ def spin_iteration(
     gpu_tolerations: list,
 ):
     """One round of self-play: the opponent draws, the player trains, the player is scored."""
-    place = {
+    where = {
         "store_uri": store_uri,
         "store_endpoint": store_endpoint,
         "tracking_uri": tracking_uri,
         "experiment": experiment,
         "run_key": run_key,
         "iteration": iteration,
-        "accelerators": gpu_count,
     }
+    place = where | {"accelerators": gpu_count}
+    pool = {"gpu_count": gpu_count, "gpu_node_selector": gpu_node_selector, "gpu_tolerations": gpu_tolerations}
 
     def on_gpu(task: dsl.PipelineTask, cpu: str, memory: str, keys: Any = store_secret) -> dsl.PipelineTask:
         with_secrets(with_retries(task), keys, tracking_secret)
-        return place_on_gpu(task, cpu, memory, gpu_count, gpu_node_selector, gpu_tolerations)
+        return place_on_gpu(task, cpu, memory, *pool.values())
 
     numbers = place_on_cpu(plan(count=shards, first=0), cpu="100m", memory="256Mi").set_display_name("Plan shards")
     with dsl.ParallelFor(numbers.output, name="shards") as shard:
         drawn = on_gpu(generate_synthetic(shard=shard, shards=shards, **place), cpu="4", memory="32Gi")
         drawn.set_display_name("Generate losers")
-    trained = on_gpu(
-        spin_train(shards=shards, losers=dsl.Collected(drawn.outputs["losers"]), **place), cpu="8", memory="64Gi"
+    trained = train_player(
+        shards=shards,
+        train_nodes=train_nodes,
+        losers=dsl.Collected(drawn.outputs["losers"]),
+        store_secret=store_secret,
+        tracking_secret=tracking_secret,
+        **where,
+        **pool,
     ).set_display_name("Train player")
     scored = on_gpu(score_metrics(**place), cpu="4", memory="32Gi", keys=score_secret)
     scored.after(trained).set_display_name("Score player")
@@ -98,6 +147,7 @@ def self_play(
     run_key: str,
     iterations: int,
     shards: int,
+    train_nodes: int,
     store_uri: str,
     store_endpoint: str,
     store_secret: str,
@@ -133,6 +183,7 @@ def self_play(
             spin_iteration(
                 iteration=iteration,
                 shards=shards,
+                train_nodes=train_nodes,
                 store_secret=store_secret,
                 score_secret=score_secret,
                 tracking_secret=tracking_secret,

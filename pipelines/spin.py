@@ -48,6 +48,7 @@ def spin_diffusion(
     gpu_count: int = 1,
     gpu_node_selector: dict = A100_80GB,
     gpu_tolerations: list = GPU_TAINT,
+    train_nodes: int = 1,
 ):
     """Self-play fine-tuning of a text-to-image diffusion model.
 
@@ -75,6 +76,8 @@ def spin_diffusion(
         gpu_count: Accelerators (nvidia.com/gpu) per generating, training and scoring pod; 0 runs on the CPU.
         gpu_node_selector: Labels of the nodes to use; the default asks for A100s with 80 GB.
         gpu_tolerations: Taints to tolerate on those nodes.
+        train_nodes: Nodes that train a player together, each with gpu_count accelerators; above 1 they are a TrainJob
+            of Kubeflow Trainer, which must be installed.
     """
     where = {
         "store_uri": store_uri,
@@ -93,12 +96,13 @@ def spin_diffusion(
         "data_source": data_source,
         "overrides": overrides,
     }
-    key, base = prepare_and_score_base(options, where, pool, secrets, score_secret, gate=gate)
+    key, base = prepare_and_score_base(options, where, pool, secrets, score_secret, gate=gate, train_nodes=train_nodes)
 
     played = self_play(
         run_key=key,
         iterations=iterations,
         shards=generate_shards,
+        train_nodes=train_nodes,
         **where,
         **pool,
         **secrets,

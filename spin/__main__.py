@@ -67,6 +67,7 @@ def preflight(
     gpu_count: Annotated[int, typer.Option(help="Accelerators per pod; 0: none.")] = 0,
     gpu_node_selector: Annotated[str, typer.Option(help="Labels of the nodes to use, as YAML or JSON.")] = "{}",
     gpu_tolerations: Annotated[str, typer.Option(help="Taints to tolerate there, as YAML or JSON.")] = "[]",
+    train_nodes: Annotated[int, typer.Option(help="Nodes that train a player together.")] = 1,
 ) -> None:
     """Check a set-up before anything is computed; KUBECONFIG names the cluster that is looked at."""
     from spin.preflight import preflight as check
@@ -75,7 +76,8 @@ def preflight(
 
     place = Place(run_key, store_uri, store_endpoint, tracking_uri)
     options = (preset, base_model, data_source, _overrides(overrides), iterations)
-    report = check(place, *options, gpu_count, _overrides(gpu_node_selector), _tolerations(gpu_tolerations))
+    pool = (gpu_count, _overrides(gpu_node_selector), _tolerations(gpu_tolerations))
+    report = check(place, *options, *pool, train_nodes=train_nodes)
     typer.echo(report.markdown)
     refuse(report.faults)
 
@@ -129,13 +131,18 @@ def train(
     tracking_uri: TrackingUri = "",
     experiment: Experiment = "spin-diffusion",
     shards: Shards = 1,
-    processes: Annotated[int, typer.Option(help="Processes that share each batch, one per accelerator.")] = 1,
+    processes: Annotated[
+        int, typer.Option(help="Processes that share each batch; 0: one per accelerator that was promised.")
+    ] = 0,
+    accelerators: Annotated[
+        int, typer.Option(help="Accelerators that this pod was promised; with fewer it stops.")
+    ] = 0,
 ) -> None:
     """Train the player of one iteration."""
     from spin.stages import Place
     from spin.stages.train import train as stage
 
-    place = Place(run_key, store_uri, store_endpoint, tracking_uri, experiment)
+    place = Place(run_key, store_uri, store_endpoint, tracking_uri, experiment, accelerators)
     _say(stage(place, iteration, shards, processes).facts)
 
 

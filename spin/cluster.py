@@ -1,10 +1,13 @@
-"""The Kubernetes cluster that a run would use, and the only module that knows its client: nodes and quotas, read only.
+"""The Kubernetes cluster of a run, and the only module that knows its client: nodes and quotas, and its TrainJobs.
 
 What may be scheduled where is decided by pure functions on plain values, so that it can be said before a pod waits.
+TrainJobs go through the client's custom objects. The ``kubeflow`` package has a client of its own for them, which gives
+a node's environment plain values alone, no reference to a secret, and knows neither owners nor why a job failed.
 """
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,14 @@ from spin.errors import SpinError
 ACCELERATOR = "nvidia.com/gpu"
 SECONDS = 10.0
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-_ACCESS = "let the runs' service account list it, see manifests/base/workspace/access.yaml"
+_ACCESS = "let the runs' service account do it, see manifests/base/workspace/access.yaml"
+TRAINER, TRAINER_VERSION = "trainer.kubeflow.org", "v1alpha1"
+RUNTIME = "torch-distributed"
+"""The training runtime that comes with Kubeflow Trainer; it tells the nodes of each other."""
+
+
+class ClusterAwayError(SpinError):
+    """The API server does not answer; it may later."""
 
 
 @dataclass(frozen=True)
@@ -64,22 +74,39 @@ class Cluster:
             raise SpinError(
                 f"expected a service account or KUBECONFIG, got {error}; let the pod mount its account's token"
             ) from None
-        self._core = client.CoreV1Api(client.ApiClient(configuration))
+        connection = client.ApiClient(configuration)
+        self._core, self._custom = client.CoreV1Api(connection), client.CustomObjectsApi(connection)
 
-    def _list(self, what: str, function: Any, *arguments: str) -> list[Any]:
+    def _ask(self, what: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Return the server's answer; None: there is no such thing."""
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
 
         try:
-            items: list[Any] = function(*arguments, _request_timeout=SECONDS).items
-            return items
+            return function(*arguments, _request_timeout=SECONDS, **options)
         except ApiException as error:
+            if error.status == 404:
+                return None
+            if error.status >= 500 or error.status == 429:
+                raise ClusterAwayError(
+                    f"expected {what}, got {error.status} {error.reason}; look into the API server's log"
+                ) from None
             do = _ACCESS if error.status == 403 else "look into the API server's log"
-            raise SpinError(f"expected the list of {what}, got {error.status} {error.reason}; {do}") from None
+            raise SpinError(f"expected {what}, got {error.status} {_message(error)}; {do}") from None
         except HTTPError as error:
-            raise SpinError(
+            raise ClusterAwayError(
                 f"expected the Kubernetes API, got {type(error).__name__}; check the network policies of the runs"
             ) from None
+
+    def _list(self, what: str, function: Callable[..., Any], *arguments: str, **options: str) -> list[Any]:
+        answer = self._ask(f"the list of {what}", function, *arguments, **options)
+        items: list[Any] = answer.items if answer else []
+        return items
+
+    def _json(self, what: str, function: Callable[..., Any], *arguments: str, **options: str) -> Any:
+        """Return the server's answer as it is: the client's own classes may be older than the server."""
+        answer = self._ask(what, function, *arguments, _preload_content=False, **options)
+        return None if answer is None else json.loads(answer.data)
 
     def nodes(self) -> list[Node]:
         """Return all nodes."""
@@ -106,6 +133,109 @@ class Cluster:
             for key, hard in (item.status.hard or {}).items():
                 found[key] = min(found.get(key, float("inf")), _number(hard) - _number(used.get(key, "0")))
         return found
+
+    def need_trainer(self) -> None:
+        """See that Kubeflow Trainer is installed, with the runtime that training needs.
+
+        Raises:
+            SpinError: (also) it is not.
+        """
+        if self._ask("Kubeflow Trainer", self._custom.get_api_resources, TRAINER, TRAINER_VERSION) is None:
+            raise SpinError(
+                f"expected Kubeflow Trainer ({TRAINER}/{TRAINER_VERSION}), got none in this cluster; install it, or "
+                "set train_nodes to 1"
+            )
+        runtime = (TRAINER, TRAINER_VERSION, "clustertrainingruntimes", RUNTIME)
+        if self._ask(f"the training runtime {RUNTIME}", self._custom.get_cluster_custom_object, *runtime) is None:
+            raise SpinError(
+                f"expected the ClusterTrainingRuntime {RUNTIME}, got none in this cluster; install Kubeflow Trainer's "
+                "runtimes, or set train_nodes to 1"
+            )
+
+    def this_pod(self) -> dict[str, Any]:
+        """Return the pod that this process runs in, as the API's JSON."""
+        # A pod's host name ends after 63 characters; the name that KFP tells does not.
+        name = os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
+        pod: dict[str, Any] | None = self._json(f"the pod {name}", self._core.read_namespaced_pod, name, namespace())
+        if pod is None:
+            raise SpinError(f"expected this pod in {namespace()}, got none called {name!r}; set KFP_POD_NAME")
+        return pod
+
+    def _train_jobs(self) -> tuple[str, ...]:
+        return TRAINER, TRAINER_VERSION, namespace(), "trainjobs"
+
+    def create_train_job(self, document: Mapping[str, Any]) -> bool:
+        """Create a TrainJob; False: there is one of that name.
+
+        Raises:
+            SpinError: (also) the server refuses it: Trainer is not there or too old, or a setting is not allowed.
+        """
+        from kubernetes.client import ApiException
+
+        def create(*arguments: Any, **options: Any) -> bool:
+            try:
+                # Strict: else a Trainer that is too old would drop what it does not know, such as where pods may run.
+                self._custom.create_namespaced_custom_object(*arguments, field_validation="Strict", **options)
+            except ApiException as error:
+                if error.status == 409:
+                    return False
+                if error.status in (400, 403, 422):
+                    do = _ACCESS if error.status == 403 else "needed is Kubeflow Trainer 2.2 or newer"
+                    raise SpinError(f"expected a TrainJob, got {error.status} {_message(error)}; {do}") from None
+                raise
+            return True
+
+        made = self._ask("a TrainJob", create, *self._train_jobs(), document)
+        if made is None:
+            raise SpinError("expected Kubeflow Trainer, got none in this cluster; install it, or set train_nodes to 1")
+        return bool(made)
+
+    def train_job(self, name: str) -> dict[str, Any] | None:
+        """Return a TrainJob, as the API's JSON; None: there is none of that name."""
+        found: dict[str, Any] | None = self._ask(
+            f"the TrainJob {name}", self._custom.get_namespaced_custom_object, *self._train_jobs(), name
+        )
+        return found
+
+    def own_train_job(self, name: str, owners: Sequence[Mapping[str, Any]]) -> None:
+        """Give a TrainJob other owners: it goes when they are gone."""
+        change = {"metadata": {"ownerReferences": owners}}
+        patch = self._custom.patch_namespaced_custom_object
+        self._ask(f"the TrainJob {name}", patch, *self._train_jobs(), name, change)
+
+    def delete_train_job(self, name: str) -> None:
+        """Delete a TrainJob, and with it its pods; nothing happens where there is none."""
+        delete = self._custom.delete_namespaced_custom_object
+        self._ask(f"the TrainJob {name}", delete, *self._train_jobs(), name, propagation_policy="Background")
+
+    def pods_of(self, train_job: str) -> list[dict[str, Any]]:
+        """Return the pods of a TrainJob's nodes, as the API's JSON."""
+        selector = f"jobset.sigs.k8s.io/jobset-name={train_job},jobset.sigs.k8s.io/replicatedjob-name=node"
+        found = self._json("the list of pods", self._core.list_namespaced_pod, namespace(), label_selector=selector)
+        pods: list[dict[str, Any]] = found["items"] if found else []
+        return pods
+
+    def log(self, pod: str, container: str, seconds: int = 0, lines: int = 0) -> list[str]:
+        """Return a container's log as ``TIME TEXT``: of the last ``seconds`` and at most ``lines``; 0: all."""
+        options = {"since_seconds": seconds or None, "tail_lines": lines or None}
+        said = self._ask(
+            f"the log of {pod}",
+            self._core.read_namespaced_pod_log,
+            *(pod, namespace()),
+            container=container,
+            timestamps=True,
+            _preload_content=False,
+            **{name: value for name, value in options.items() if value},
+        )
+        return [] if said is None else said.data.decode(errors="replace").splitlines()
+
+
+def _message(error: Any) -> str:
+    """Return why the server refused, in its own words."""
+    try:
+        return " ".join(str(json.loads(error.body)["message"]).split())
+    except (KeyError, TypeError, ValueError):
+        return str(error.reason)
 
 
 def namespace() -> str:
@@ -172,6 +302,13 @@ def fitting(nodes: Sequence[Node], need: Need) -> list[Node]:
         f"expected a node for {', '.join(f'{shown(value, key)} {key}' for key, value in need.amounts.items())}, got "
         f"none of {len(nodes)} (nearest is {nearest.name}: {', '.join(obstacles(nearest, need))}); change "
         "gpu_node_selector, gpu_tolerations or gpu_count, or add such a node"
+    )
+
+
+def room(nodes: Sequence[Node], need: Need) -> int:
+    """Return how many such pods nodes that fit have room for, were they empty."""
+    return sum(
+        min(int(node.allocatable[name] // wanted) for name, wanted in need.amounts.items() if wanted) for node in nodes
     )
 
 

@@ -236,6 +236,19 @@ class TrainConfig(_Config):
         last = iteration - 1
         return self.beta[min(last, len(self.beta) - 1)], self.steps[min(last, len(self.steps) - 1)]
 
+    def check_processes(self, processes: int) -> None:
+        """See that so many processes can share a batch.
+
+        Raises:
+            SpinError: they can't do so evenly.
+        """
+        share = self.micro_batch_size * processes
+        if self.batch_size % share:
+            raise SpinError(
+                f"expected train.batch_size to be a multiple of micro_batch_size x processes ({share}), got "
+                f"{self.batch_size}; change one of them"
+            )
+
     def consumes(self, iteration: int) -> int:
         """Return how many pairs ``iteration`` trains on at most, repetitions included."""
         return self.of(iteration)[1] * self.batch_size

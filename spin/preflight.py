@@ -98,12 +98,14 @@ def preflight(
     cpu: float = 8,
     memory: float = 64 * GIB,
     gate: Mapping[str, Any] | None = None,
+    train_nodes: int = 1,
 ) -> Report:
     """Return what is in order and what is not; nothing is left behind, in the store or elsewhere.
 
     Args:
         cpu, memory: Cores and bytes that the largest pod of the run asks for.
         gate: Options of the gate that register-model judges by.
+        train_nodes: Nodes that train a player together.
     """
     checks: list[Check] = []
 
@@ -123,6 +125,9 @@ def preflight(
         nonlocal config
         config = resolve(preset, base_model, data_source, overrides or {})
         policy(dict(gate or {}))
+        if train_nodes < 1:
+            raise SpinError(f"expected at least 1 node to train on, got {train_nodes}; set train_nodes")
+        config.train.check_processes(max(1, int(gpu_count)) * int(train_nodes))
         return f"{preset}, {config.train.objective}, {whole_iteration(iterations, 1)} iteration(s)"
 
     check("options", options)
@@ -153,8 +158,10 @@ def preflight(
         if gpu_count:
             amounts[ACCELERATOR] = float(gpu_count)
         need = Need(amounts, dict(gpu_node_selector or {}), list(gpu_tolerations), _architecture())
-        check("nodes", lambda: _nodes(need))
-        check("quota", lambda: _quota(int(gpu_count)))
+        check("nodes", lambda: _nodes(need, int(train_nodes)))
+        check("quota", lambda: _quota(int(gpu_count) * int(train_nodes)))
+        if train_nodes > 1:
+            check("Kubeflow Trainer", _trainer)
         check("disk", lambda: _disk(scratch))
     return Report(checks)
 
@@ -296,11 +303,23 @@ def _architecture() -> str:
     return {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
 
 
-def _nodes(need: Need) -> str:
+def _nodes(need: Need, train_nodes: int) -> str:
     if not cluster.inside():
         raise _Skip("not in a cluster")
     found = cluster.fitting(cluster.Cluster().nodes(), need)
+    if (room := cluster.room(found, need)) < train_nodes:
+        raise SpinError(
+            f"expected room for {train_nodes} training pods, got room for {room} on {len(found)} node(s), e.g. "
+            f"{found[0].name}; lower train_nodes or add nodes"
+        )
     return f"{len(found)} node(s) fit, e.g. {found[0].name}"
+
+
+def _trainer() -> str:
+    if not cluster.inside():
+        raise _Skip("not in a cluster")
+    cluster.Cluster().need_trainer()
+    return f"there, with {cluster.RUNTIME}"
 
 
 def _quota(gpu_count: int) -> str:
@@ -314,7 +333,7 @@ def _quota(gpu_count: int) -> str:
     if left < gpu_count:
         raise SpinError(
             f"expected {gpu_count} {ACCELERATOR} within the quota of {cluster.namespace()}, got {left:g} left; wait "
-            "for other runs, lower gpu_count or raise the quota"
+            "for other runs, lower gpu_count or train_nodes, or raise the quota"
         )
     return f"{left:g} {ACCELERATOR} left in {cluster.namespace()}"
 

@@ -184,12 +184,7 @@ class Trainer:
             )
         self.process = process_for(config, model.scheduler_config).to(model.device)
         self.accelerator = Accelerator(mixed_precision="no", cpu=model.device.type == "cpu")
-        share = config.micro_batch_size * self.accelerator.num_processes
-        if config.batch_size % share:
-            raise SpinError(
-                f"expected train.batch_size to be a multiple of micro_batch_size x processes ({share}), got "
-                f"{config.batch_size}; change one of them"
-            )
+        config.check_processes(self.accelerator.num_processes)
         self.micro_batch_size = config.micro_batch_size
         """Pairs per forward pass: those asked for, or as many as memory holds."""
         self.sharded = config.sharding == "fsdp" and self.accelerator.num_processes > 1

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from spin.trainjob import POD_LABELS
+
 Object = dict[str, Any]
 WORKLOADS = {"Deployment", "StatefulSet", "Job", "CronJob"}
 CLUSTER_WIDE = {"Namespace", "ClusterRole", "ClusterRoleBinding", "PriorityClass", "ResourceFlavor", "ClusterQueue"}
@@ -229,7 +231,8 @@ def network(objects: list[Object]) -> Iterator[str]:
         yield "NetworkPolicy/spin-runs: what runs may reach"
         return
     runs_pod = Pod("run", namespace_of(runs), {"pipelines.kubeflow.org/v2_component": "true"}, {})
-    everyone = [*own, runs_pod, *OUTSIDE]
+    nodes = [Pod(f"train-node-{place}", namespace_of(runs), POD_LABELS, {}) for place in range(2)]
+    everyone = [*own, runs_pod, *nodes, *OUTSIDE]
 
     def rules(pod: Pod, direction: str) -> list[tuple[Object, Object]] | None:
         """Return the rules that hold for a pod; None: it is not isolated."""
@@ -256,6 +259,13 @@ def network(objects: list[Object]) -> Iterator[str]:
     for pod in own:
         if rules(pod, "ingress") is None or rules(pod, "egress") is None:
             yield f"{pod.name}: denied by default"
+    one, other = nodes
+    if (
+        rules(one, "ingress") is None
+        or not allowed(one, "egress", other, None)
+        or not allowed(one, "ingress", other, None)
+    ):
+        yield "nodes that train together: reach each other, and nobody else them"
     for direction, opposite, side in (("ingress", "egress", "from"), ("egress", "ingress", "to")):
         for policy in policies:
             selected = [
@@ -268,7 +278,9 @@ def network(objects: list[Object]) -> Iterator[str]:
                 for peer in rule[side]:
                     if "ipBlock" in peer:
                         continue
-                    others = [pod for pod in everyone if _is_peer(peer, policy, pod)]
+                    # A rule for a whole namespace, such as Kubeflow's, does not mean the nodes that are there too.
+                    named = [*own, runs_pod, *OUTSIDE] if "namespaceSelector" in peer else everyone
+                    others = [pod for pod in named if _is_peer(peer, policy, pod)]
                     if not others or not selected:
                         yield f"{name_of(policy)}: nobody at one end of {peer}"
                     for pod in selected:

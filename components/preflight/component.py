@@ -21,6 +21,7 @@ def preflight(
     tracking_uri: str,
     table: dsl.Output[dsl.Markdown],
     gate: dict = {},  # noqa: B006
+    train_nodes: int = 1,
 ) -> str:
     """Write every check into a table; return the failed ones, which the next task refuses.
 
@@ -40,6 +41,7 @@ def preflight(
         store_endpoint: Address of the S3 server.
         tracking_uri: Address of the MLflow server.
         gate: Options of register-model's gate.
+        train_nodes: Nodes that train a player together.
         table: Every check, what was found, and what to do.
     """
     from pathlib import Path
@@ -49,7 +51,8 @@ def preflight(
 
     place = Place(run_key or "preflight", store_uri, store_endpoint, tracking_uri)
     pool = (gpu_count, gpu_node_selector, gpu_tolerations)
-    report = preflight(place, preset, base_model, data_source, overrides, iterations, *pool, gate=gate)
+    options = (preset, base_model, data_source, overrides, iterations)
+    report = preflight(place, *options, *pool, gate=gate, train_nodes=train_nodes)
     print(report.markdown)
     Path(table.path).write_text(report.markdown)
     return report.faults

@@ -37,16 +37,14 @@ def spin_train(
     from pathlib import Path
 
     from spin.stages import Place
-    from spin.stages.train import train
+    from spin.stages.train import measures_of, train, verdict_of
 
     place = Place(run_key, store_uri, store_endpoint, tracking_uri, experiment, accelerators)
     index = train(place, iteration, shards)
-    verdict = {"iteration": iteration, "verdict": index.facts["verdict"], "reason": index.facts["reason"]}
-    model.metadata.update(index.outputs["model"].model_dump() | verdict)
+    verdict, reason = verdict_of(index)
+    model.metadata.update(
+        index.outputs["model"].model_dump() | {"iteration": iteration, "verdict": verdict, "reason": reason}
+    )
     Path(model.path).write_text(index.model_dump_json())
-    for name in ("first_loss", "final_loss", "final_implicit_accuracy", "final_margin", "final_winner_drift"):
-        if name in index.facts:
-            metrics.log_metric(name, index.facts[name])
-    if held_out := index.facts.get("held_out"):
-        metrics.log_metric("held_out_error_change", held_out["error_change"]["value"])
-    metrics.log_metric("seconds", index.seconds)
+    for name, value in measures_of(index).items():
+        metrics.log_metric(name, value)

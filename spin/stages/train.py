@@ -16,7 +16,7 @@ from typing import Any
 from spin import tracking
 from spin.config import RunConfig
 from spin.disk import scratch
-from spin.processes import joined, rank, spread
+from spin.processes import joined, node_count, rank, spread
 from spin.progress import Progress, forget
 from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iteration, whole_shards
 from spin.stages import Place, logger
@@ -26,10 +26,13 @@ from spin.store import Ref
 SECONDS_BETWEEN_LINES = 5.0
 
 
-def train(place: Place, iteration: int, shards: int = 1, processes: int = 0) -> Index:
+def train(
+    place: Place, iteration: int, shards: int = 1, processes: int = 0, elsewhere: Callable[[], None] | None = None
+) -> Index:
     """Train the player of ``iteration`` and store it as a diffusers folder.
 
-    ``processes`` share each batch; 0: one per promised accelerator.
+    ``processes`` share each batch; 0: one per promised accelerator. ``elsewhere`` is what trains in this pod's place,
+    by this very function, where training is not complete.
 
     Returns:
         The index: outputs ``model`` (folder) and ``history`` (JSON lines, one per step); facts with the last measures,
@@ -72,7 +75,10 @@ def train(place: Place, iteration: int, shards: int = 1, processes: int = 0) -> 
     if index:
         forget(run, stage)
         logger.info("iteration %d: training complete, player %s", iteration, index.outputs["model"].digest[:12])
-    elif processes > 1 and not joined():
+    elif elsewhere:
+        elsewhere()
+        index = run.need(stage, "the end of training")
+    elif processes * node_count() > 1 and not joined():
         spread(processes, train, place, iteration, shards, processes)
         index = run.need(stage, "the end of training")
     if rank():
@@ -80,7 +86,7 @@ def train(place: Place, iteration: int, shards: int = 1, processes: int = 0) -> 
         place = replace(place, tracking_uri="")
     with tracking.stage(place, stage, iteration, system_metrics=index is None) as log:
         if index is None:
-            accelerators = max(place.accelerators, processes)
+            accelerators = max(place.accelerators, processes) * node_count()
             sides = losers, previous, best
             index = _train(run, config, iteration, stage, opponent, dataset, *sides, inputs, clock, log, accelerators)
         logger.info("iteration %d: %s, %s", iteration, *verdict_of(index))
@@ -265,6 +271,15 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
 def verdict_of(index: Index) -> tuple[str, str]:
     """Return verdict and reason of a training stage."""
     return index.facts["verdict"], index.facts["reason"]
+
+
+def measures_of(index: Index) -> dict[str, float]:
+    """Return the last step's measures, the change of the error on held-out real images, and the seconds."""
+    names = ("first_loss", "final_loss", "final_implicit_accuracy", "final_margin", "final_winner_drift")
+    found = {name: index.facts[name] for name in names if name in index.facts}
+    if held_out := index.facts.get("held_out"):
+        found["held_out_error_change"] = held_out["error_change"]["value"]
+    return found | {"seconds": index.seconds}
 
 
 def is_last(run: Run, index: Index) -> bool:

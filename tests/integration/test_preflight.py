@@ -17,7 +17,7 @@ from spin.preflight import Check, Report, preflight, refuse
 from tests import tiny
 from tests.integration.conftest import Played
 from tests.integration.world import World
-from tests.kubernetes_api import A100, TAINT, api_server, node, quota
+from tests.kubernetes_api import A100, TAINT, Trainer, api_server, node, quota
 
 pytestmark = pytest.mark.integration
 TOLERATION = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
@@ -205,8 +205,39 @@ def test_taints_that_are_not_tolerated(check: Callable[..., Report]) -> None:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_quota_that_is_used_up(check: Callable[..., Report]) -> None:
-    assert "got 2 left" in only(check(gpu_count=4), "quota")
+def test_a_quota_that_is_used_up(world: World, check: Callable[..., Report]) -> None:
+    overrides = tiny.overrides(world.judge, micro_batch_size=2)
+    assert "expected 4 nvidia.com/gpu within the quota of runs, got 2 left" in only(
+        check(gpu_count=2, train_nodes=2, overrides=overrides), "quota"
+    )
+
+
+@pytest.mark.usefixtures("cluster")
+def test_several_nodes_with_room_for_them(check: Callable[..., Report]) -> None:
+    report = check(train_nodes=2)
+
+    assert failed(report) == {}, report.markdown
+    assert "| Kubeflow Trainer | ✓ ok | there, with torch-distributed |" in report.markdown
+
+
+@pytest.mark.usefixtures("cluster")
+def test_too_few_nodes_to_train_on(check: Callable[..., Report]) -> None:
+    said = only(check(gpu_count=0, train_nodes=2, cpu=12), "nodes")
+
+    assert "expected room for 2 training pods, got room for 1 on 1 node(s), e.g. gpu-1" in said
+
+
+def test_a_batch_that_the_nodes_cannot_share(check: Callable[..., Report]) -> None:
+    assert "micro_batch_size x processes" in only(check(gpu_count=0, train_nodes=5), "options")
+    assert "set train_nodes" in only(check(gpu_count=0, train_nodes=0), "options")
+
+
+def test_a_cluster_without_kubeflow_trainer(
+    check: Callable[..., Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with api_server(tmp_path, [GPU_NODE], trainer=Trainer(installed=False)) as kubeconfig:
+        monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
+        assert "set train_nodes to 1" in only(check(train_nodes=2), "Kubeflow Trainer")
 
 
 def test_an_account_that_may_not_look(

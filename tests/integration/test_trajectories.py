@@ -5,10 +5,12 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,11 @@ from safetensors.torch import load_file
 
 from spin.config import override
 from spin.run import Index
+from spin.stages.launch import train_on_nodes
+from spin.trainjob import PodSettings
 from tests import tiny
 from tests.integration.world import World
+from tests.kubernetes_api import Trainer, api_server
 
 pytestmark = pytest.mark.integration
 
@@ -144,6 +149,75 @@ def test_two_processes_train_as_one(
         assert other == pytest.approx(row, rel=1e-3, abs=1e-6)
     assert farthest(world, whole(objective), together) < 1e-5
     assert train(world, key, "--processes=2") == together, "finished"
+
+
+class Nodes:
+    """Runs a TrainJob's command on each of its nodes, told of the others as Trainer's torch runtime tells them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def __call__(self, trainer: Trainer, job: dict[str, Any]) -> None:
+        wanted = job["spec"]["trainer"]
+        if not self.processes:
+            self.start(wanted)
+        codes = [process.poll() for process in self.processes]
+        for node, code in enumerate(codes):
+            pod = trainer.set_pod(job, node, "Running" if code is None else "Failed" if code else "Succeeded")
+            trainer.logs[pod] = (self.folder / f"{node}.log").read_text().splitlines()
+        if None not in codes:
+            trainer.end(job, "Failed" if any(codes) else "Complete")
+
+    def start(self, wanted: dict[str, Any]) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        count = wanted["numNodes"]
+        for node in range(count):
+            meeting = {"NNODES": count, "NODE_RANK": node, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            with (self.folder / f"{node}.log").open("w") as out:
+                process = subprocess.Popen(
+                    [sys.executable, *wanted["command"][1:]],
+                    env=os.environ | {f"PET_{name}": str(value) for name, value in meeting.items()},
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                )
+            self.processes.append(process)
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+def test_two_nodes_train_as_one(
+    world: World,
+    begin: Begin,
+    whole: Callable[[str], Index],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The TrainJob's own command, in two real pods' stead; they meet by torch's static rendezvous over TCP."""
+    key = begin("spin-on-two-nodes", **OBJECTIVES["spin"], micro_batch_size=2)
+    monkeypatch.setenv("KFP_NAMESPACE", "runs")
+    monkeypatch.setenv("KFP_POD_NAME", "launcher")
+    nodes, settings = Nodes(tmp_path), PodSettings({"limits": {"memory": "1Gi"}})
+    with api_server(tmp_path, [], trainer=Trainer(repeat(nodes))) as kubeconfig:
+        monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
+        try:
+            together = train_on_nodes(world.place(key), 1, 1, 2, 0, settings)
+        finally:
+            nodes.stop()
+    said = capsys.readouterr().out
+    assert said.count("step 5 of 5") == 1, "the first node speaks, the other does not"
+    assert together.items == whole("spin").items
+    for row, other in zip(trajectory(world, whole("spin")), trajectory(world, together), strict=True):
+        assert other == pytest.approx(row, rel=1e-3, abs=1e-6)
+    assert farthest(world, whole("spin"), together) < 1e-5
+    monkeypatch.delenv("KUBECONFIG")
+    assert train_on_nodes(world.place(key), 1, 1, 2, 0, settings) == together, "complete: no cluster is asked"
 
 
 @pytest.mark.parametrize("training", [{"ema_decay": 0.5}, {"lora_rank": 2}], ids=["full", "lora"])

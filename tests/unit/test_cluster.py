@@ -2,7 +2,7 @@
 
 import pytest
 
-from spin.cluster import ACCELERATOR, Need, Node, fitting, obstacles, tolerated
+from spin.cluster import ACCELERATOR, Need, Node, fitting, obstacles, room, tolerated
 from spin.errors import SpinError
 
 TAINT = {"key": "nvidia.com/gpu", "value": "present", "effect": "NoSchedule"}
@@ -52,6 +52,13 @@ def test_a_preference_keeps_nobody_away() -> None:
 
 def test_a_node_that_fits() -> None:
     assert fitting([node("a"), node("b", ready=False)], need()) == [node("a")]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"), [({"cpu": 8.0}, 4), ({"cpu": 8.0, ACCELERATOR: 4.0}, 2), ({"cpu": 9.0, "memory": 0.0}, 2)]
+)
+def test_room_for_pods_on_nodes(wanted: dict[str, float], expected: int) -> None:
+    assert room([node("a"), node("b")], need(amounts=wanted)) == expected
 
 
 @pytest.mark.parametrize(

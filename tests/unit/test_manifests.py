@@ -155,7 +155,8 @@ def test_missing_references_are_seen(secrets: list[policy.Object]) -> None:
 
 
 @pytest.mark.parametrize(
-    "left_out", ["default-deny", "postgres", "postgres-clients", "s3", "s3-clients", "mlflow", "spin-runs"]
+    "left_out",
+    ["default-deny", "postgres", "postgres-clients", "s3", "s3-clients", "mlflow", "spin-runs", "spin-train-nodes"],
 )
 def test_a_missing_end_is_seen(left_out: str) -> None:
     broken = [i for i in _golden("kind") if i["kind"] != "NetworkPolicy" or i["metadata"]["name"] != left_out]

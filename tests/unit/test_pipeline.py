@@ -268,7 +268,10 @@ def faults(spec: Spec, platform: Spec) -> list[str]:
                 if name in types and definition["parameterType"] not in (types[name], "STRING"):
                     fault(f"{name} is {types[name]}, expected {definition['parameterType']}")
             for name in declared(component, kind="artifacts"):
-                source = task.get("inputs", {}).get("artifacts", {}).get(name, {}).get("taskOutputArtifact", {})
+                given_artifact = task.get("inputs", {}).get("artifacts", {}).get(name, {})
+                if given_artifact.get("componentInputArtifact") in declared(dag, kind="artifacts"):
+                    continue
+                source = given_artifact.get("taskOutputArtifact", {})
                 producer = tasks.get(source.get("producerTask"))
                 if not producer or source["outputArtifactKey"] not in declared(
                     spec["components"][producer["componentRef"]["name"]], "outputDefinitions", "artifacts"
@@ -298,6 +301,8 @@ def test_every_input_of_every_task_is_supplied(documents: list[Spec]) -> None:
 
     assert faults(spec, platform) == []
     places = [where for where, _ in dags(spec)]
+    train = "/condition-branches-1"
+    branches = ["", train, f"{train}/condition-2", f"{train}/condition-3"]
     assert places == [
         "root",
         "root/self-play",
@@ -305,6 +310,7 @@ def test_every_input_of_every_task_is_supplied(documents: list[Spec]) -> None:
         "root/self-play/for-loop-1/condition-2",
         "root/self-play/for-loop-1/condition-2/spin-iteration",
         "root/self-play/for-loop-1/condition-2/spin-iteration/for-loop-1",
+        *(f"root/self-play/for-loop-1/condition-2/spin-iteration/train-player{branch}" for branch in branches),
     ]
     reached = {task["componentRef"]["name"] for _, dag in dags(spec) for task in dag["dag"]["tasks"].values()}
     assert reached == set(spec["components"])
@@ -344,9 +350,14 @@ def _no_such_output(spec: Spec) -> None:
     del declared(spec["components"]["comp-prepare-data"], "outputDefinitions")["key"]
 
 
+def _no_losers(spec: Spec) -> None:
+    del declared(spec["components"]["comp-train-player"], kind="artifacts")["losers"]
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
+        (_no_losers, "train-player/condition-branches-1: artifact pipelinechannel--losers comes from"),
         (_not_in_the_loop, "generate-synthetic: accelerators comes from pipelinechannel--gpu_count, which its parent"),
         (_not_handed_to_the_loop, "spin-iteration/for-loop-1: is not given pipelinechannel--store_secret"),
         (_not_handed_to_the_task, "generate-synthetic: resourceCount needs pipelinechannel--gpu_count, which it is"),

@@ -23,6 +23,8 @@ TABLE = {
     "Plan shards": ("100m", "256Mi", "256Mi", NONE, 0, set()),
     "Generate losers": ("4", "32Gi", "32Gi", GPU, 3, {STORE, TRACKING}),
     "Train player": ("8", "64Gi", "64Gi", GPU, 3, {STORE, TRACKING}),
+    # The nodes' pods, not the task's own: see the test of what it passes on.
+    "Train player on nodes": ("8", "64Gi", "64Gi", GPU, 3, {STORE, TRACKING}),
     "Score player": ("4", "32Gi", "32Gi", GPU, 3, {SCORE, TRACKING}),
     "Register model": ("1", "4Gi", "4Gi", NONE, 3, {STORE, TRACKING}),
 }
@@ -80,6 +82,41 @@ def test_placement() -> None:
             )
 
     assert found == TABLE
+
+
+def test_what_is_for_the_nodes_is_passed_on() -> None:
+    spec, _ = yaml.safe_load_all(PACKAGE.read_text())
+    passed = {
+        name: component["taskConfigPassthroughs"]
+        for name, component in spec["components"].items()
+        if "taskConfigPassthroughs" in component
+    }
+
+    # The launching pod has the keys of its own accord, and neither accelerators nor a node of theirs.
+    assert passed == {
+        "comp-spin-train-nodes": [
+            {"field": "RESOURCES"},
+            {"field": "KUBERNETES_NODE_SELECTOR"},
+            {"field": "KUBERNETES_TOLERATIONS"},
+            {"applyToTask": True, "field": "ENV"},
+        ]
+    }
+    pod = spec["components"]["comp-spin-train-nodes"]["inputDefinitions"]["parameters"]["pod"]
+    assert (pod["parameterType"], pod["isOptional"]) == ("TASK_CONFIG", True)
+
+
+def test_one_pod_trains_unless_there_are_more_nodes() -> None:
+    spec, _ = yaml.safe_load_all(PACKAGE.read_text())
+    conditions = {
+        task["taskInfo"]["name"]: task["triggerPolicy"]["condition"]
+        for component in spec["components"].values()
+        for task in component.get("dag", {}).get("tasks", {}).values()
+        if "triggerPolicy" in task and "train_nodes" in task["triggerPolicy"]["condition"]
+    }
+
+    several = "int(inputs.parameter_values['pipelinechannel--train_nodes']) > 1"
+    assert conditions == {"on several nodes": several, "in one pod": f"!({several})"}
+    assert spec["root"]["inputDefinitions"]["parameters"]["train_nodes"]["defaultValue"] == 1
 
 
 def test_the_loop_over_iterations_is_in_order() -> None:
