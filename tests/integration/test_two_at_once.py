@@ -9,13 +9,14 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
-from spin import models, tracking
+from spin import models, scorers, tracking
 from spin.config import override
 from spin.errors import SpinError
 from spin.presets import preset
@@ -65,13 +66,14 @@ def meeting(where: type, method: str, name: str = "") -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def one_loads_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads stand for processes here, and transformers loads models in one thread alone."""
-    load, lock = models.load, threading.Lock()
+    lock = threading.Lock()
 
-    def locked(*given: Any) -> models.Model:
+    def locked(load: Callable[..., Any], *given: Any) -> Any:
         with lock:
             return load(*given)
 
-    monkeypatch.setattr(models, "load", locked)
+    for module in (models, scorers):
+        monkeypatch.setattr(module, "load", partial(locked, module.load))
 
 
 @pytest.fixture(scope="module")
