@@ -88,6 +88,32 @@ def measure(
     return facts
 
 
+def estimates(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return all estimates in a score stage's facts as rows: ``split``, ``kind`` (that of the facts), ``of`` (the
+    earlier player or the category, where there is one), ``score``, ``value``, ``low``, ``high``, ``median``."""
+    rows = []
+    for kind in ("metrics", "best_of_n", "win_rates", "by_category"):
+        for split, found in facts.get(kind, {}).items():
+            for of, scores in found.items() if kind in ("win_rates", "by_category") else [("", found)]:
+                place = {"split": split, "kind": kind, "of": of}
+                rows += [{**place, "score": name, "median": None, **estimate} for name, estimate in scores.items()]
+    for split, distance in facts.get("frechet_distance", {}).items():
+        place = {"split": split, "kind": "metrics", "of": "", "score": "frechet_distance", "median": None}
+        rows.append({**place, "value": distance, "low": None, "high": None})
+    return rows
+
+
+def followed(facts: Mapping[str, Any]) -> dict[str, float]:
+    """Return what a score stage's facts estimate, by the names under which it is followed over iterations."""
+    found: dict[str, float] = {}
+    for row in estimates(facts):
+        kind = "" if row["kind"] == "metrics" else row["kind"]
+        found[".".join(filter(None, (row["split"], kind, row["of"], row["score"])))] = row["value"]
+        if row["median"] is not None:
+            found[f"{row['split']}.median.{row['score']}"] = row["median"]
+    return found
+
+
 def _plain(category: str) -> str:
     """Return ``category`` in signs that MLflow takes in the name of a metric."""
     return re.sub(r"[^\w -]+", "_", category, flags=re.ASCII)[:60]

@@ -165,7 +165,6 @@ def _html(found: Gathered, verdicts: Sequence[tuple[str, str]]) -> str:
         pictures |= {(k, place): drawn[place] for place in wanted}
     real = found.real_images([id for id, _ in shown])
     sources = shrunk({**pictures, **real})
-    header, body = report.table(found.scored)
 
     def cell(k: int, place: Place) -> Cell:
         row, name = found.scores[k][place], report.row_name(k)
@@ -189,8 +188,7 @@ def _html(found: Gathered, verdicts: Sequence[tuple[str, str]]) -> str:
         iteration=found.iteration,
         finished=f"{datetime.fromisoformat(found.scored[-1].producer['finished']):%Y-%m-%d %H:%M %Z}",
         cards=_cards(found, verdicts),
-        header=header,
-        body=body,
+        scores=report.table(found.scored),
         caption=report.caption(found.scored),
         verdicts=[(report.row_name(k), word, reason) for k, (word, reason) in enumerate(verdicts, 1)],
         sheet=[strip(place) for place in shown],
@@ -198,6 +196,7 @@ def _html(found: Gathered, verdicts: Sequence[tuple[str, str]]) -> str:
         worst=[change(place) for place in worst],
         primary=report.TITLES.get(PRIMARY, PRIMARY),
         wins=_wins(found),
+        further=report.further(found.scored),
         distributions=_distributions(found),
         curves=_curves(found),
         legend=[(charts.colour(k), report.row_name(k)) for k in found.models if k],

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from spin import page, tracking
+from spin.measures import estimates
 from spin.run import Clock, Index, iteration_stage, whole_iteration
 from spin.stages import Place, logger
 
@@ -53,5 +54,6 @@ def score(place: Place, iteration: int) -> Scored:
         pages = page.build(run, iteration)
         log.report(pages.html, {"contact_sheet": run.store.get(index.outputs["sheet"]), **pages.pictures}, iteration)
         log.table(run.store.get(index.outputs["scores"]), "scores")
+        log.table(estimates(index.facts), "estimates")
         log.index(index)
     return Scored(index, pages.html, pages.markdown)
