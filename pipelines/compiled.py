@@ -132,7 +132,7 @@ def check_parameters(package: Path, params: Mapping[str, Any]) -> None:
     if "gate" in known:
         from spin.gate import policy
 
-        policy(full["gate"])
+        policy(full["gate"], config.score)
     if "arms" in known:
         from spin.comparison import ARMS, arms_of
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw
 
+from spin.measures import scores_of
 from spin.run import Index
-from spin.scorers import PRIMARY
 
 if TYPE_CHECKING:
     from spin.data.dataset import HeldOut, Prompt
@@ -109,7 +109,8 @@ def further(rows: Sequence[Index], split: str = "test") -> list[Table]:
     last, n = rows[-1], rows[-1].facts["images_per_prompt"]
     metrics = last.facts["metrics"][split]
     tables = []
-    if names := [name for name in metrics if "median" in metrics[name]]:
+    names = scores_of(last)
+    if all("median" in metrics[name] for name in names):
         body = [
             [row_name(row.iteration), *(number(name, row.facts["metrics"][split][name]["median"]) for name in names)]
             for row in rows
@@ -120,13 +121,13 @@ def further(rows: Sequence[Index], split: str = "test") -> list[Table]:
         note = "Each prompt's best image alone: it flatters a player whose images vary."
         tables.append(Table(found.title, found.header, found.body, note))
     if rates := last.facts.get("win_rates", {}).get(split):
-        names = list(next(iter(rates.values())))
-        body = [[f"over {title}", *(cell("win_rate", rate[name]) for name in names)] for title, rate in rates.items()]
+        titles = [row_name(row.iteration) for row in rows[:-1]]
+        body = [[f"over {title}", *(cell("win_rate", rates[title][name]) for name in names)] for title in titles]
         note = "Share of images that score higher than the earlier player's from the same noise; ties count half."
         header = [row_name(last.iteration), *map(title_of, names)]
         tables.append(Table(f"Win rates of {row_name(last.iteration)}", header, body, note))
     categories = last.facts.get("by_category", {}).get(split, {})
-    for name in next(iter(categories.values()), {}):
+    for name in names if categories else []:
         body = [
             [category, *(cell(name, row.facts["by_category"][split][category][name]) for row in rows)]
             for category in categories
@@ -138,11 +139,16 @@ def further(rows: Sequence[Index], split: str = "test") -> list[Table]:
 
 def _of_models(title: str, rows: Sequence[Index], kind: str, split: str) -> Table:
     """Return a row per model and a column per estimate of one kind of facts."""
-    names = list(rows[-1].facts[kind][split])
+    names = _columns(rows[-1], rows[-1].facts[kind][split])
     body = [
         [row_name(row.iteration), *(cell(name, row.facts[kind][split].get(name)) for name in names)] for row in rows
     ]
     return Table(title, ["model", *map(title_of, names)], body)
+
+
+def _columns(scored: Index, known: Mapping[str, Any]) -> list[str]:
+    """Return the names in ``known`` in their order, the primary score first: what was stored has lost it."""
+    return [name for name in (*scores_of(scored), "win_rate") if name in known]
 
 
 def caption(rows: Sequence[Index], split: str = "test") -> str:
@@ -155,7 +161,8 @@ def caption(rows: Sequence[Index], split: str = "test") -> str:
 
 def scalars(index: Index, split: str = "test") -> dict[str, float]:
     """Return the means that KFP lists beside a task, the first ten: its view has no room for more."""
-    means = {name: estimate["value"] for name, estimate in index.facts["metrics"][split].items()}
+    metrics = index.facts["metrics"][split]
+    means = {name: metrics[name]["value"] for name in _columns(index, metrics)}
     if (distance := index.facts.get("frechet_distance", {}).get(split)) is not None:
         means["frechet_distance"] = distance
     return dict(list(means.items())[:MOST_SCALARS])
@@ -222,8 +229,9 @@ def comparison(run_key: str, base: Index, compared: Index) -> str:
     """Return the tables of a comparison as Markdown: scores, standing against base and rival, and costs."""
     facts = compared.facts
     lines, split = list(facts["rows"].values()), facts["split"]
-    names = list(base.facts["metrics"][split])
-    names += [f"{kind}_{against}" for against in ("base", "sft") for kind in ("win_rate_over", f"{PRIMARY}_minus")]
+    names = scores_of(base)
+    kinds = ("win_rate_over", f"{facts['primary']}_minus")
+    names += [f"{kind}_{against}" for against in ("base", "sft") for kind in kinds]
     names = [name for name in names if any(name in line for line in lines)]
     head = ["model", *(TITLES.get(name, name.replace("_", " ")) for name in names), "share of SFT's gain"]
     body = [

@@ -27,7 +27,7 @@ from spin.measures import AVERAGE, average, measure, with_average
 from spin.progress import Progress, forget
 from spin.run import Clock, Index, Run, producer
 from spin.sampling import batches, decode, fast_precision, sample_latents
-from spin.scorers import PRIMARY, Scorer, Setting, load, load_all, scored
+from spin.scorers import Scorer, Setting, load, load_all, scored
 from spin.scorers.frechet import Features, frechet_distance
 from spin.seeding import noise_of
 from spin.stages import logger
@@ -235,7 +235,7 @@ def draw(model: models.Model, config: RunConfig, jobs: Sequence[Job], shape: tup
 
 def primary_scorer(config: ScoreConfig, device: torch.device, download: Callable[[str], Path]) -> Scorer:
     """Return the scorer that decides who has won; ``download`` fetches what is on the run's S3 server."""
-    return load(PRIMARY, Setting(config, device, Weights(config.weights, download)))
+    return load(config.primary, Setting(config, device, Weights(config.weights, download)))
 
 
 def best_and_worst(

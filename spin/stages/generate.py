@@ -74,7 +74,8 @@ def generate(place: Place, iteration: int, shard: int = 0, shards: int = 1) -> I
         "order": [train.seed, train.previous_share, *(train.consumes(k) for k in (iteration, iteration + 1))],
     }
     if config.train.ranks:
-        score = config.score.model_dump(mode="json", include={"clip_model", "template"})
+        judge = {"scorers", "weights", "precision", "clip_model", "template", "styles"}
+        score = config.score.model_dump(mode="json", include=judge)
         inputs["ranked"] = {"draws": config.train.ranked_draws, "score": score}
     with tracking.stage(place, stage, iteration) as log:
         if index := run.find(stage, inputs):

@@ -15,13 +15,16 @@ from PIL import Image
 import spin.scoring
 from spin.data.dataset import Dataset
 from spin.errors import SpinError
+from spin.measures import estimates
 from spin.prompts import KNOWN, load, stored
+from spin.report import scalars
 from spin.scorers.clip import ClipScore
 from spin.scorers.frechet import Features, frechet_distance
 from spin.scoring import decode_png
 from spin.stages import Place
 from spin.stages.generate import generate
 from spin.stages.prepare import prepare
+from spin.stages.register import register
 from spin.stages.score import score
 from spin.stages.train import train
 from spin.weights import digest_of_weights
@@ -112,6 +115,25 @@ def test_a_file_of_prompts_stands_for_the_test_split(world: World, tmp_path: Pat
     assert found["best_of_n"]["clip_score"]["value"] == pytest.approx(values.max(1).mean(), abs=1e-4)
     assert found["by_category"]["two"]["clip_score"]["value"] == pytest.approx(values[1:].mean(), abs=1e-4)
     assert "<b>cat" not in scored.html
+
+
+def test_the_first_scorer_decides(world: World) -> None:
+    scorers = ["style_share", "clip_score"]
+    place = prepared(world, "by-style", scorers=scorers, styles=["red", "blue"])
+    score(place, 0)
+    generate(place, 1)
+    train(place, 1)
+    scored = score(place, 1)
+    facts = scored.index.facts
+    for split in ("validation", "test"):
+        assert facts["metrics"][split]["win_rate"] == facts["win_rates"][split]["base"]["style_share"]
+        assert facts["win_rates"][split]["base"]["style_share"] != facts["win_rates"][split]["base"]["clip_score"]
+    assert "| model | Style share | CLIP score | Win rate over base |" in scored.markdown
+    # What was stored is in another order than what was just made; the reports are the same.
+    assert score(place, 1).markdown == scored.markdown
+    assert list(scalars(scored.index)) == list(scalars(score(place, 1).index)) == [*scorers, "win_rate"]
+    assert estimates(facts) == estimates(score(place, 1).index.facts)
+    assert register(place, "by-style", 1).facts["chosen_by"] == "validation style_share"
 
 
 def test_a_score_that_is_no_number_stops_the_stage(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,8 @@ def test_the_average_is_the_papers() -> None:
 
 def test_the_best_of_several_is_chosen_by_the_average() -> None:
     scores = [1.0, 3.0, 2.0, 9.0, 8.0, 7.0]
-    assert representatives(table(scores), 3).tolist() == [1, 3]
-    assert representatives(table(scores, average=[0.0, 1.0, 2.0, 0.0, 0.0, 5.0]), 3).tolist() == [2, 5]
+    assert representatives(table(scores), "clip_score", 3).tolist() == [1, 3]
+    assert representatives(table(scores, average=[0.0, 1.0, 2.0, 0.0, 0.0, 5.0]), "clip_score", 3).tolist() == [2, 5]
 
 
 def test_one_image_and_the_best_of_several() -> None:

@@ -16,7 +16,7 @@ def row(iteration: int, metrics: dict[str, Any]) -> Index:
     return Index(
         stage=f"iteration-{iteration:03d}/score",
         iteration=iteration,
-        inputs={},
+        inputs={"config": {"scorers": [name for name in metrics if name != "win_rate"]}},
         outputs={},
         facts={"metrics": {"test": metrics, "validation": {}}, "prompts": {"test": 7}, "images_per_prompt": 2},
         seconds=1.0,
