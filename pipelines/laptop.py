@@ -295,6 +295,9 @@ def _server_environment(found: Laptop) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
     hosts = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), HOST]))
     own = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "no_proxy": hosts, "NO_PROXY": hosts}
+    # A webhook may lead to this computer, and is heard of at once.
+    own |= {"MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https", "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true"}
+    own |= {"MLFLOW_WEBHOOK_CACHE_TTL": "0"}
     return kept | {key: value for key, value in found.environment().items() if key != "MLFLOW_TRACKING_URI"} | own
 
 
