@@ -25,6 +25,7 @@ def play_arms(
     run_keys: list,
     iterations: int,
     shards: int,
+    score_shards: int,
     store_uri: str,
     store_endpoint: str,
     store_secret: str,
@@ -42,6 +43,7 @@ def play_arms(
             run_key=run_key,
             iterations=iterations,
             shards=shards,
+            score_shards=score_shards,
             store_uri=store_uri,
             store_endpoint=store_endpoint,
             store_secret=store_secret,
@@ -71,6 +73,7 @@ def spin_comparison(
     data_source: str = "",
     overrides: dict = {},  # noqa: B006
     generate_shards: int = 2,
+    score_shards: int = 1,
     experiment: str = "spin-diffusion",
     store_uri: str = "s3://spin",
     store_endpoint: str = "http://seaweedfs.kubeflow:8333",
@@ -99,6 +102,7 @@ def spin_comparison(
             preset's.
         overrides: Options laid over the preset for all arms, nested by stage.
         generate_shards: Pods per arm that draw the opponent's images side by side.
+        score_shards: Pods that draw and score the held-out prompts side by side; 1: the scoring pod itself does.
         experiment: MLflow experiment.
         store_uri: Bucket and prefix of the run's objects, s3://bucket/prefix.
         store_endpoint: Address of the S3 server, e.g. MinIO or SeaweedFS.
@@ -127,7 +131,7 @@ def spin_comparison(
         "data_source": data_source,
         "overrides": overrides,
     }
-    key, base = prepare_and_score_base(options, where, pool, secrets, score_secret)
+    key, base = prepare_and_score_base(options, where, pool, secrets, score_secret, score_shards)
 
     planned = plan_comparison(run_key=key, arms=arms, iterations=iterations, seeds=seeds, **where).after(base)
     with_secrets(with_retries(place_on_cpu(planned, cpu="500m", memory="1Gi")), **secrets).set_display_name(
@@ -138,6 +142,7 @@ def spin_comparison(
         run_keys=planned.outputs["rivals"],
         iterations=1,
         shards=generate_shards,
+        score_shards=score_shards,
         score_secret=score_secret,
         **where,
         **pool,
@@ -147,6 +152,7 @@ def spin_comparison(
         run_keys=planned.outputs["players"],
         iterations=iterations,
         shards=generate_shards,
+        score_shards=score_shards,
         score_secret=score_secret,
         **where,
         **pool,

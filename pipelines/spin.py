@@ -36,6 +36,7 @@ def spin_diffusion(
     data_source: str = "",
     overrides: dict = {},  # noqa: B006
     generate_shards: int = 2,
+    score_shards: int = 1,
     model_name: str = "spin-diffusion",
     gate: dict = {},  # noqa: B006
     experiment: str = "spin-diffusion",
@@ -62,6 +63,7 @@ def spin_diffusion(
             preset's.
         overrides: Options laid over the preset, nested by stage, e.g. {"train": {"beta": [3000]}}.
         generate_shards: Pods that draw the opponent's images side by side.
+        score_shards: Pods that draw and score the held-out prompts side by side; 1: the scoring pod itself does.
         model_name: Name of the registered model in MLflow.
         gate: When the challenger may become champion, e.g. {"better": {"clip_score": 0.5}, "promote": "automatic"}.
             Empty: it must surely be better than the champion (or the base), and is then recommended.
@@ -93,12 +95,13 @@ def spin_diffusion(
         "data_source": data_source,
         "overrides": overrides,
     }
-    key, base = prepare_and_score_base(options, where, pool, secrets, score_secret, gate=gate)
+    key, base = prepare_and_score_base(options, where, pool, secrets, score_secret, score_shards, gate=gate)
 
     played = self_play(
         run_key=key,
         iterations=iterations,
         shards=generate_shards,
+        score_shards=score_shards,
         **where,
         **pool,
         **secrets,

@@ -226,7 +226,7 @@ def whole_shards(value: float) -> int:
         SpinError: it is below 1 or no whole number.
     """
     if not value >= 1 or value % 1:
-        raise SpinError(f"expected at least 1 shard, got {value}; use the number that the losers are drawn in")
+        raise SpinError(f"expected at least 1 shard, got {value}; use the number that the images are drawn in")
     return int(value)
 
 

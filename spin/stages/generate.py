@@ -101,7 +101,7 @@ def _generate(
     import torch
 
     from spin import models
-    from spin.accounting import cost, flops_per_image
+    from spin.accounting import cost, flops_per_image, peak
     from spin.data.dataset import Dataset, Latents
     from spin.sampling import batches, fast_precision, roundtrip, sample_latents, shard_batches
     from spin.scoring import best_and_worst, primary_scorer
@@ -181,7 +181,7 @@ def _generate(
             outputs[side] = run.store.put_file(path)
     seconds = round(before + clock.seconds, 2)
     if mine:
-        spent = cost(model.device, precision, flops, total, seconds, accelerators)
+        spent = cost(peak(model.device.type, precision), flops, total, seconds, accelerators)
     index = run.finish(
         Index(
             stage=stage,

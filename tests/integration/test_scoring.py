@@ -25,7 +25,7 @@ from spin.stages import Place
 from spin.stages.generate import generate
 from spin.stages.prepare import prepare
 from spin.stages.register import register
-from spin.stages.score import score
+from spin.stages.score import score, score_shard
 from spin.stages.train import train
 from spin.weights import digest_of_weights
 from tests import tiny
@@ -72,7 +72,7 @@ def test_scoring_goes_on_where_it_was_killed(world: World, monkeypatch: pytest.M
     monkeypatch.setattr("spin.scoring.draw", draw)
     with pytest.raises(KeyboardInterrupt):
         score(place, 0)
-    progress = world.run("scoring-killed").read_progress("iteration-000/score")
+    progress = world.run("scoring-killed").read_progress("iteration-000/score-0000-of-0001")
     assert progress is not None
     assert len(progress["parts"]) == 2
     assert world.run("scoring-killed").find("iteration-000/score") is None
@@ -82,8 +82,75 @@ def test_scoring_goes_on_where_it_was_killed(world: World, monkeypatch: pytest.M
     assert index.outputs == whole.outputs
     assert index.facts == whole.facts
     # What the chunks held is in the outputs now.
-    assert world.run("scoring-killed").read_progress("iteration-000/score") is None
+    assert world.run("scoring-killed").read_progress("iteration-000/score-0000-of-0001") is None
     assert all(f"folders/{ref['digest']}.json" not in world.names("folders/") for ref in progress["parts"])
+
+
+def test_number_of_shards_changes_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same images, scores, features and estimates to the byte; a shard that was killed goes on."""
+    monkeypatch.setattr("spin.scoring.CHUNK", 4)
+    options = {"images_per_prompt": 3, "frechet_model": "emoji"}
+    whole = score(prepared(world, "in-one-shard", **options), 0).index
+    place = prepared(world, "in-three-shards", **options)
+    stages = [f"iteration-000/score-{shard:04d}-of-0003" for shard in range(3)]
+    found = world.run("in-three-shards")
+
+    assert refusal(score, place, 0, 3).startswith(f"expected {stages[0]} with ")
+    write, written = spin.scoring._write, []
+
+    def dies(*arguments: Any) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(write(*arguments))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("spin.scoring._write", dies)
+        with pytest.raises(KeyboardInterrupt):
+            score_shard(place, 0, 2, 3)
+    counts = [score_shard(place, 0, shard, 3) for shard in (2, 0)]
+    assert refusal(score, place, 0, 3).startswith(f"expected {stages[1]} with ")
+    assert found.find("iteration-000/score") is None
+    counts.append(score_shard(place, 0, 1, 3))
+    assert sum(counts) == whole.items
+    assert min(counts) > 4, "every shard has several chunks"
+    monkeypatch.setattr("spin.scoring.draw", None)
+    index = score(place, 0, 3).index
+    assert index.outputs == whole.outputs
+    assert index.facts == whole.facts
+    assert (index.items, index.inputs) == (whole.items, whole.inputs)
+    assert index.cost["flops"] == whole.cost["flops"]
+    assert index.seconds > 0
+    # What the shards held is in the outputs now, and nothing is left to draw.
+    assert all(found.read_progress(stage) is None for stage in stages)
+    assert score_shard(place, 0, 1, 3) == 0
+
+
+def test_more_shards_than_chunks(world: World) -> None:
+    place = prepared(world, "idle-shards")
+    assert [score_shard(place, 0, shard, 4) > 0 for shard in range(4)] == [True, True, False, False]
+    assert score(place, 0, 4).index.outputs == score(prepared(world, "no-idle-shards"), 0).index.outputs
+
+
+def test_shards_with_different_weights_are_not_put_together(world: World, tmp_path: Path) -> None:
+    judge = tmp_path / "judge"
+    shutil.copytree(world.judge, judge)
+    place = prepared(world, "mixed-judges", judge)
+    score_shard(place, 0, 0, 2)
+    (judge / "notes.txt").write_text("another")
+    score_shard(place, 0, 1, 2)
+    line = refusal(score, place, 0, 2)
+    assert line.startswith("expected iteration-000/score-0001-of-0002 scored with the weights of the first shard")
+    for shard in range(2):
+        score_shard(place, 0, shard, 2)
+    assert score(place, 0, 2).index.facts["weights"] == {"clip_score": digest_of_weights(judge)}
+
+
+@pytest.mark.parametrize(
+    ("shard", "shards", "line"),
+    [(2, 2, "expected a shard from 0 to 1, got 2"), (0, 0, "expected at least 1 shard, got 0")],
+)
+def test_a_shard_that_is_none(world: World, shard: int, shards: int, line: str) -> None:
+    assert refusal(score_shard, world.place("any"), 0, shard, shards).startswith(line)
 
 
 def test_other_weights_are_not_put_beside(world: World, tmp_path: Path) -> None:

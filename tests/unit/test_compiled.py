@@ -53,6 +53,7 @@ def test_what_is_in_order(params: dict[str, Any]) -> None:
         ({"preset": "emoji"}, "expected preset to be one of emoji-cpu, sd15-paper, sd15-lora, got 'emoji'; "),
         ({"iterations": 0}, "expected iterations of at least 1, got 0; "),
         ({"generate_shards": -1}, "expected generate_shards of at least 1, got -1; "),
+        ({"score_shards": 0}, "expected score_shards of at least 1, got 0; "),
         ({"gpu_count": -1}, "expected gpu_count of at least 0, got -1; "),
         ({"overrides": {"train": {"betta": [1]}}}, "expected a known option, got 'train.betta'; did you mean 'beta'?"),
         ({"overrides": {"trian": {}}}, "expected a known option, got 'trian'; did you mean 'train'?"),
