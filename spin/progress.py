@@ -11,7 +11,7 @@ from typing import Any
 
 from spin.errors import SpinError
 from spin.run import Run
-from spin.store import Ref, digest_of
+from spin.store import Ref, Store, digest_of
 
 logger = logging.getLogger("spin")
 
@@ -30,6 +30,7 @@ class Progress:
 
     def __init__(self, run: Run, stage: str, inputs: dict[str, Any]):
         self.run, self.stage, self._identity = run, stage, digest_of(inputs)
+        self._store = run.parts_store(stage)
         self.parts: list[Ref] = []
         self.folders: list[Path] = []
         self.seconds = 0.0
@@ -38,7 +39,7 @@ class Progress:
         self._stale = parts_of(known)
         if known and known["inputs"] == self._identity:
             try:
-                self.folders = [run.store.get(part) for part in self._stale]
+                self.folders = [self._store.get(part) for part in self._stale]
             except SpinError as error:
                 logger.warning("%s: starting anew, what it had cannot be read (%s)", stage, error)
             else:
@@ -70,7 +71,7 @@ class Progress:
         }
         self.run.write_progress(self.stage, value)
         stale, self._stale = self._stale, []
-        discard(self.run, [part for part in stale if part not in parts])
+        discard(self._store, [part for part in stale if part not in parts])
 
 
 def forget(run: Run, stage: str) -> None:
@@ -81,14 +82,14 @@ def forget(run: Run, stage: str) -> None:
         except SpinError as error:
             logger.warning("the progress of %s stays in the store (%s)", stage, error)
         else:
-            discard(run, parts_of(known))
+            discard(run.parts_store(stage), parts_of(known))
 
 
-def discard(run: Run, parts: Sequence[Ref]) -> None:
+def discard(store: Store, parts: Sequence[Ref]) -> None:
     """Remove parts that are no longer needed, as far as the store lets them go."""
     for part in parts:
         try:
-            run.store.remove(part)
+            store.remove(part)
         except SpinError as error:
             logger.warning("a part that is no longer needed stays in the store (%s)", error)
 

@@ -183,13 +183,21 @@ class Run:
         self.store.write_json(self._path(index.stage), index.model_dump(mode="json"))
         return index
 
+    def parts_store(self, stage: str) -> Store:
+        """Return where an unfinished stage keeps its parts.
+
+        Those of scores are below ``parts/``: who scores may write there, and not where models and checkpoints are.
+        """
+        scores = stage.rpartition("/")[2].startswith("score")
+        return Store(f"{self.store.uri}/parts", self.store.endpoint) if scores else self.store
+
     def put_part(self, stage: str, folder: Path) -> Ref:
         """Store what an unfinished stage has so far, as an object of this run and stage alone.
 
         Another run may come to the same content; removing its parts must not take this one's.
         """
         (folder / "whose.txt").write_text(f"{self.key} {stage}")
-        return self.store.put_folder(folder)
+        return self.parts_store(stage).put_folder(folder)
 
     def read_progress(self, stage: str) -> dict[str, Any] | None:
         """Return the progress document of an unfinished stage, if any; ``Progress`` says what is in it."""
