@@ -67,7 +67,7 @@ def main(
         if demo:
             # Shards side by side would count twice.
             params, folder = Path(scratch) / "params.yaml", Path(scratch) / "demo"
-            params.write_text(yaml.safe_dump({"generate_shards": 1}))
+            params.write_text(yaml.safe_dump({"shards": 1}))
             command = [
                 sys.executable,
                 str(ROOT / "pipelines" / "demo.py"),

@@ -72,7 +72,7 @@ def spin_comparison(
     base_model: str = "",
     data_source: str = "",
     overrides: dict = {},  # noqa: B006
-    generate_shards: int = 2,
+    shards: int = 1,
     experiment: str = "spin-diffusion",
     store_uri: str = "s3://spin",
     store_endpoint: str = "http://seaweedfs.kubeflow:8333",
@@ -100,7 +100,8 @@ def spin_comparison(
         data_source: Real images with captions: a folder, .tar or .parquet (on a disk or s3://), or hf:NAME. Empty: the
             preset's.
         overrides: Options laid over the preset for all arms, nested by stage.
-        generate_shards: Pods per arm that draw the opponent's images side by side.
+        shards: Pods per arm that draw images side by side, for the losers and for the scores; 1: scoring has
+            no further pod.
         experiment: MLflow experiment.
         store_uri: Bucket and prefix of the run's objects, s3://bucket/prefix.
         store_endpoint: Address of the S3 server, e.g. MinIO or SeaweedFS.
@@ -129,7 +130,7 @@ def spin_comparison(
         "data_source": data_source,
         "overrides": overrides,
     }
-    key, base = prepare_and_score_base(options, where, pool, secrets, score_secret)
+    key, base = prepare_and_score_base(options, where, pool, secrets, score_secret, shards)
 
     planned = plan_comparison(run_key=key, arms=arms, iterations=iterations, seeds=seeds, **where).after(base)
     with_secrets(with_retries(place_on_cpu(planned, cpu="500m", memory="1Gi")), **secrets).set_display_name(
@@ -139,7 +140,7 @@ def spin_comparison(
     rivals = play_arms(
         run_keys=planned.outputs["rivals"],
         iterations=1,
-        shards=generate_shards,
+        shards=shards,
         score_secret=score_secret,
         **where,
         **pool,
@@ -148,7 +149,7 @@ def spin_comparison(
     players = play_arms(
         run_keys=planned.outputs["players"],
         iterations=iterations,
-        shards=generate_shards,
+        shards=shards,
         score_secret=score_secret,
         **where,
         **pool,
@@ -160,7 +161,7 @@ def spin_comparison(
         arms=arms,
         iterations=iterations,
         seeds=seeds,
-        shards=generate_shards,
+        shards=shards,
         split=split,
         **where,
     ).after(rivals, players)

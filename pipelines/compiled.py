@@ -2,6 +2,7 @@
 
 import difflib
 import itertools
+import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -58,8 +59,17 @@ def compile_pipeline(pipeline: Callable[..., Any], choices: Mapping[str, Sequenc
 def number_by_place(spec: dict[str, Any], *platforms: dict[str, Any]) -> None:
     """Name components and executors after the tasks that use them, numbered from the outermost pipeline inwards.
 
-    The compiler numbers those of nested pipelines in an order that changes from one compilation to the next.
+    The compiler numbers those of nested pipelines in an order that changes from one compilation to the next, and mixes
+    up executors that are alike: those become one.
     """
+    deployments = [
+        spec["deploymentSpec"],
+        *(part["deploymentSpec"] for platform in platforms for part in platform["platforms"].values()),
+    ]
+    alike = {
+        label: json.dumps([deployment["executors"].get(label) for deployment in deployments], sort_keys=True)
+        for label in spec["deploymentSpec"]["executors"]
+    }
     names: dict[str, str] = {}
     labels: dict[str, str] = {}
     waiting = [spec["root"]]
@@ -72,15 +82,13 @@ def number_by_place(spec: dict[str, Any], *platforms: dict[str, Any]) -> None:
                 names[old] = f"comp-{name}"
                 waiting.append(spec["components"][old])
                 if label := spec["components"][old].get("executorLabel"):
-                    spec["components"][old]["executorLabel"] = labels.setdefault(label, f"exec-{name}")
+                    spec["components"][old]["executorLabel"] = labels.setdefault(alike[label], f"exec-{name}")
             body["componentRef"]["name"] = names[old]
     spec["components"] = {names[old]: component for old, component in spec["components"].items()}
-    deployments = [
-        spec["deploymentSpec"],
-        *(part["deploymentSpec"] for platform in platforms for part in platform["platforms"].values()),
-    ]
     for deployment in deployments:
-        deployment["executors"] = {labels[old]: executor for old, executor in deployment["executors"].items()}
+        deployment["executors"] = {
+            labels[alike[old]]: executor for old, executor in deployment["executors"].items() if alike[old] in labels
+        }
 
 
 def _declare_settings_as_text(spec: dict[str, Any]) -> None:
@@ -123,7 +131,7 @@ def check_parameters(package: Path, params: Mapping[str, Any]) -> None:
         if (choices := known[name].get("literals")) and value not in choices:
             raise SpinError(f"expected {name} to be one of {', '.join(choices)}, got {value!r}; choose one")
     full: dict[str, Any] = {name: value.get("defaultValue") for name, value in known.items()} | dict(params)
-    for name, least in (("iterations", 1), ("generate_shards", 1), ("gpu_count", 0)):
+    for name, least in (("iterations", 1), ("shards", 1), ("gpu_count", 0)):
         if full[name] < least:
             raise SpinError(f"expected {name} of at least {least}, got {full[name]}; raise it")
     from spin.presets import resolve
@@ -132,7 +140,7 @@ def check_parameters(package: Path, params: Mapping[str, Any]) -> None:
     if "gate" in known:
         from spin.gate import policy
 
-        policy(full["gate"])
+        policy(full["gate"], config.score)
     if "arms" in known:
         from spin.comparison import ARMS, arms_of
 

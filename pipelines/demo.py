@@ -156,8 +156,8 @@ def _summary(folder: Path, servers: Laptop, values: dict[str, Any], pipeline_sec
         row: dict[str, Any] = {"iteration": k, "metrics": scored.facts["metrics"]}
         if trained:
             count("train", trained)
-            for shard in range(int(values.get("generate_shards", 2))):
-                shards = int(values.get("generate_shards", 2))
+            for shard in range(int(values.get("shards", 1))):
+                shards = int(values.get("shards", 1))
                 count("generate", run.need(iteration_stage(k, f"generate-{shard:04d}-of-{shards:04d}"), "the summary"))
             row["training"] = {key: value for key, value in trained.facts.items() if key != "version"}
             digests[f"player_{k}"] = trained.outputs["model"].digest

@@ -297,6 +297,9 @@ def _server_environment(found: Laptop) -> dict[str, str]:
     own = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "no_proxy": hosts, "NO_PROXY": hosts}
     # With its 5 further connections one for each of the 40 threads that answer: else many at once are refused.
     own["MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW"] = "35"
+    # A webhook may lead to this computer, and is heard of at once.
+    own |= {"MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https", "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true"}
+    own |= {"MLFLOW_WEBHOOK_CACHE_TTL": "0"}
     return kept | {key: value for key, value in found.environment().items() if key != "MLFLOW_TRACKING_URI"} | own
 
 

@@ -11,9 +11,48 @@ from components.preflight.component import preflight
 from components.prepare_data.component import prepare_data
 from components.require_preflight.component import require_preflight
 from components.score_metrics.component import score_metrics
+from components.score_shard.component import score_shard
 from components.spin_train.component import spin_train
 from components.spin_train_nodes.component import spin_train_nodes
 from pipelines.placement import place_on_cpu, place_on_gpu, with_retries, with_secrets, with_store
+
+
+@dsl.pipeline(name="score-in-shards", display_name="Score in shards")
+def score_in_shards(
+    run_key: str,
+    iteration: int,
+    shards: int,
+    store_uri: str,
+    store_endpoint: str,
+    score_secret: str,
+    tracking_uri: str,
+    tracking_secret: str,
+    experiment: str,
+    gpu_count: int,
+    gpu_node_selector: dict,
+    gpu_tolerations: list,
+):
+    """Draw and score held-out prompts side by side; a single shard is left to score-metrics, which saves its pods.
+
+    A pipeline of its own: a task can wait for one, but not for a condition.
+    """
+    with dsl.If(shards > 1, name="several shards"):
+        numbers = place_on_cpu(plan(count=shards, first=0), cpu="100m", memory="256Mi")
+        numbers.set_display_name("Plan score shards")
+        with dsl.ParallelFor(numbers.output, name="score shards") as shard:
+            drawn = score_shard(
+                run_key=run_key,
+                iteration=iteration,
+                shard=shard,
+                shards=shards,
+                accelerators=gpu_count,
+                store_uri=store_uri,
+                store_endpoint=store_endpoint,
+                tracking_uri=tracking_uri,
+                experiment=experiment,
+            )
+            place_on_gpu(with_retries(drawn), "4", "32Gi", gpu_count, gpu_node_selector, gpu_tolerations)
+            with_secrets(drawn, score_secret, tracking_secret).set_display_name("Score shard")
 
 
 def prepare_and_score_base(
@@ -22,6 +61,7 @@ def prepare_and_score_base(
     pool: dict[str, Any],
     secrets: dict[str, Any],
     score_secret: Any,
+    shards: Any,
     **checked_alone: Any,
 ) -> tuple[Any, dsl.PipelineTask]:
     """Add the first tasks of a pipeline; return the run's key and the task that ends them.
@@ -32,7 +72,8 @@ def prepare_and_score_base(
         pool: gpu_count, gpu_node_selector and gpu_tolerations.
         secrets: store_secret and tracking_secret.
         checked_alone: what preflight looks at beside these.
-        score_secret: what the scoring task has in store_secret's place.
+        score_secret: what the scoring tasks have in store_secret's place.
+        shards: pods that share the held-out prompts.
     """
     servers = {name: value for name, value in where.items() if name != "experiment"}
     checked = preflight(**options, **checked_alone, **servers, **pool).set_display_name("Preflight")
@@ -44,11 +85,12 @@ def prepare_and_score_base(
     prepared.after(passed).set_display_name("Prepare data")
     with_secrets(place_on_gpu(prepared, "4", "32Gi", *pool.values()), **secrets)
     key = prepared.outputs["key"]
-    base = score_metrics(run_key=key, iteration=0, accelerators=pool["gpu_count"], **where)
+    tracking = secrets["tracking_secret"]
+    asked = {"run_key": key, "iteration": 0, "shards": shards, **where}
+    drawn = score_in_shards(score_secret=score_secret, tracking_secret=tracking, **asked, **pool)
+    base = score_metrics(accelerators=pool["gpu_count"], **asked).after(drawn)
     base.set_display_name("Score base")
-    with_secrets(
-        with_retries(place_on_gpu(base, "4", "32Gi", *pool.values())), score_secret, secrets["tracking_secret"]
-    )
+    with_secrets(with_retries(place_on_gpu(base, "4", "32Gi", *pool.values())), score_secret, tracking)
     return key, base
 
 
@@ -118,7 +160,7 @@ def spin_iteration(
         "run_key": run_key,
         "iteration": iteration,
     }
-    place = where | {"accelerators": gpu_count}
+    place = {**where, "accelerators": gpu_count}
     pool = {"gpu_count": gpu_count, "gpu_node_selector": gpu_node_selector, "gpu_tolerations": gpu_tolerations}
 
     def on_gpu(task: dsl.PipelineTask, cpu: str, memory: str, keys: Any = store_secret) -> dsl.PipelineTask:
@@ -138,8 +180,17 @@ def spin_iteration(
         **where,
         **pool,
     ).set_display_name("Train player")
-    scored = on_gpu(score_metrics(**place), cpu="4", memory="32Gi", keys=score_secret)
-    scored.after(trained).set_display_name("Score player")
+    judged = score_in_shards(
+        shards=shards,
+        score_secret=score_secret,
+        tracking_secret=tracking_secret,
+        gpu_count=gpu_count,
+        gpu_node_selector=gpu_node_selector,
+        gpu_tolerations=gpu_tolerations,
+        **where,
+    ).after(trained)
+    scored = on_gpu(score_metrics(shards=shards, **place), cpu="4", memory="32Gi", keys=score_secret)
+    scored.after(judged).set_display_name("Score player")
 
 
 @dsl.pipeline(name="self-play", display_name="Self-play")

@@ -35,7 +35,7 @@ def spin_diffusion(
     base_model: str = "",
     data_source: str = "",
     overrides: dict = {},  # noqa: B006
-    generate_shards: int = 2,
+    shards: int = 1,
     model_name: str = "spin-diffusion",
     gate: dict = {},  # noqa: B006
     experiment: str = "spin-diffusion",
@@ -62,7 +62,7 @@ def spin_diffusion(
         data_source: Real images with captions: a folder, .tar or .parquet (on a disk or s3://), or hf:NAME. Empty: the
             preset's.
         overrides: Options laid over the preset, nested by stage, e.g. {"train": {"beta": [3000]}}.
-        generate_shards: Pods that draw the opponent's images side by side.
+        shards: Pods that draw images side by side, for the losers and for the scores; 1: scoring has no further pod.
         model_name: Name of the registered model in MLflow.
         gate: When the challenger may become champion, e.g. {"better": {"clip_score": 0.5}, "promote": "automatic"}.
             Empty: it must surely be better than the champion (or the base), and is then recommended.
@@ -96,12 +96,14 @@ def spin_diffusion(
         "data_source": data_source,
         "overrides": overrides,
     }
-    key, base = prepare_and_score_base(options, where, pool, secrets, score_secret, gate=gate, train_nodes=train_nodes)
+    key, base = prepare_and_score_base(
+        options, where, pool, secrets, score_secret, shards, gate=gate, train_nodes=train_nodes
+    )
 
     played = self_play(
         run_key=key,
         iterations=iterations,
-        shards=generate_shards,
+        shards=shards,
         train_nodes=train_nodes,
         **where,
         **pool,

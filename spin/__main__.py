@@ -146,6 +146,25 @@ def train(
     _say(stage(place, iteration, shards, processes).facts)
 
 
+@app.command("score-shard")
+def score_shard(
+    run_key: RunKey,
+    store_uri: StoreUri,
+    store_endpoint: StoreEndpoint,
+    iteration: Annotated[int, typer.Option(help="Iteration to score; 0 is the base model.")],
+    shard: Annotated[int, typer.Option(help="This shard, from 0.")],
+    shards: Annotated[int, typer.Option(help="Number of shards that share the held-out prompts.")],
+    tracking_uri: TrackingUri = "",
+    experiment: Experiment = "spin-diffusion",
+) -> None:
+    """Draw and score one shard of the held-out prompts; ``score`` with the same --shards gathers them."""
+    from spin.stages import Place
+    from spin.stages.score import score_shard as stage
+
+    place = Place(run_key, store_uri, store_endpoint, tracking_uri, experiment)
+    _say({"images": stage(place, iteration, shard, shards)})
+
+
 @app.command()
 def score(
     run_key: RunKey,
@@ -154,13 +173,14 @@ def score(
     iteration: Annotated[int, typer.Option(help="Iteration to score; 0 is the base model.")],
     tracking_uri: TrackingUri = "",
     experiment: Experiment = "spin-diffusion",
+    shards: Annotated[int, typer.Option(help="Shards that score-shard has drawn; 1: draw here.")] = 1,
     report: Annotated[Path | None, typer.Option(help="Write the HTML report to this file.")] = None,
 ) -> None:
     """Score a player on the held-out prompts."""
     from spin.stages import Place
     from spin.stages.score import score as stage
 
-    scored = stage(Place(run_key, store_uri, store_endpoint, tracking_uri, experiment), iteration)
+    scored = stage(Place(run_key, store_uri, store_endpoint, tracking_uri, experiment), iteration, shards)
     if report:
         _write(report, scored.html)
     typer.echo(scored.markdown)

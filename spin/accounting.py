@@ -94,21 +94,20 @@ def peak(device: str, precision: str) -> float:
     return 2 * side**3 / fastest
 
 
-def cost(
-    device: torch.device, precision: str, flops_per_item: int, items: int, seconds: float, accelerators: int
-) -> dict[str, float]:
+def cost(peak_flops: float, flops_per_item: int, items: int, seconds: float, accelerators: int) -> dict[str, float]:
     """Return a stage's cost: ``flops``, ``peak_flops`` of one accelerator, ``mfu``, ``items_per_second``.
 
     Args:
+        peak_flops: FLOP/s, as ``peak`` says.
         seconds: the stage's wall time, loading and storing included.
         accelerators: those that the stage's pod holds, busy or not; a CPU counts as one.
     """
-    flops, top = float(flops_per_item * items), peak(device.type, precision)
+    flops = float(flops_per_item * items)
     seconds, accelerators = max(seconds, 1e-3), max(1, accelerators)
     return {
         "flops": flops,
-        "peak_flops": top,
-        "mfu": flops / (seconds * accelerators * top),
+        "peak_flops": peak_flops,
+        "mfu": flops / (seconds * accelerators * peak_flops),
         "items_per_second": items / seconds,
         "accelerator_hours": seconds * accelerators / 3600,
     }

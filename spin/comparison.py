@@ -17,8 +17,8 @@ from spin.budget import passes, steps_for
 from spin.config import RunConfig, override
 from spin.emoji import Split
 from spin.errors import SpinError
+from spin.measures import scores_of
 from spin.run import Index, Run, iteration_stage
-from spin.scorers import PRIMARY
 from spin.stages.generate import shard_stage
 from spin.stages.train import played, verdict_of
 from spin.stats import bootstrap_seeds, per_prompt, wins
@@ -183,14 +183,14 @@ def rows_of(run: Run, arms: Sequence[Arm], shards: int) -> list[Row]:
             ]
             title = f"{name} {k}" if same[0].iterations > 1 else name
             if same[0].config.train.ranks:
-                title = f"{name} on pairs ranked by {PRIMARY}"
+                title = f"{name} on pairs ranked by {same[0].config.score.primary}"
             verdicts = [verdict_of(indexes[k - 1])[0] for indexes in trained if k <= len(indexes)]
             ended, diverged = len(runs) - len(playing), verdicts.count("diverged")
             rows.append(Row(title, name, k, scores, stages, ended, diverged))
     return rows
 
 
-def scores_of(run: Run, row: Row, split: Split, metric: str) -> np.ndarray:
+def images_of(run: Run, row: Row, split: Split, metric: str) -> np.ndarray:
     """Return the scores of every image, float [S, P * n]: seeds, prompts times images per prompt."""
     tables = [pq.read_table(run.store.get(index.outputs["scores"]), filters=[("split", "=", split)]) for index in
               row.scores]  # fmt: skip
@@ -203,15 +203,15 @@ def compare(run: Run, rows: Sequence[Row], split: Split, against: str = "sft") -
     Intervals are over training seeds and prompts, crossed. ``gain_share`` is the gain over the base as a share of the
     last ``against`` row's gain (the seed paper's measure); it is left out where that gain is not surely positive.
     """
-    facts = rows[0].scores[0].facts
-    names, n = list(facts["metrics"][split]), facts["images_per_prompt"]
+    names, n = scores_of(rows[0].scores[0]), rows[0].scores[0].facts["images_per_prompt"]
+    primary = names[0]
     seeds = max(len(row.scores) for row in rows)
 
     read: dict[tuple[str, str], np.ndarray] = {}
 
     def cells(row: Row, metric: str) -> np.ndarray:
         if (row.title, metric) not in read:
-            scores = scores_of(run, row, split, metric)
+            scores = images_of(run, row, split, metric)
             read[row.title, metric] = scores if len(scores) == seeds else np.repeat(scores, seeds, axis=0)
         return read[row.title, metric]
 
@@ -219,20 +219,20 @@ def compare(run: Run, rows: Sequence[Row], split: Split, against: str = "sft") -
         return np.stack([per_prompt(seed, n) for seed in values])
 
     rival = next((row for row in reversed(rows) if row.arm == against), None)
-    base = cells(rows[0], PRIMARY)
-    gain = bootstrap_seeds(means(cells(rival, PRIMARY) - base), RESAMPLES) if rival else None
+    base = cells(rows[0], primary)
+    gain = bootstrap_seeds(means(cells(rival, primary) - base), RESAMPLES) if rival else None
     table = []
     for row in rows:
         line: dict[str, Any] = {name: getattr(row, name) for name in ("title", "arm", "iteration", "ended", "diverged")}
         for name in names:
             line[name] = bootstrap_seeds(means(cells(row, name)), RESAMPLES).as_dict()
-        ours = cells(row, PRIMARY)
+        ours = cells(row, primary)
         for other, title in ((rows[0], "base"), (rival, against)):
             if other is None or other is row:
                 continue
-            theirs = cells(other, PRIMARY)
+            theirs = cells(other, primary)
             line[f"win_rate_over_{title}"] = bootstrap_seeds(means(wins(ours, theirs)), RESAMPLES).as_dict()
-            line[f"{PRIMARY}_minus_{title}"] = bootstrap_seeds(means(ours - theirs), RESAMPLES).as_dict()
+            line[f"{primary}_minus_{title}"] = bootstrap_seeds(means(ours - theirs), RESAMPLES).as_dict()
         if gain and gain.low > 0 and row is not rows[0]:
             line["gain_share"] = float((ours - base).mean()) / gain.value
         table.append(line)
@@ -265,6 +265,6 @@ def costs(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return table
 
 
-def best_on_validation(lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the line with the highest primary score; ``lines`` must be those of the validation prompts."""
-    return max(lines, key=lambda line: line[PRIMARY]["value"])
+def best(lines: Sequence[Mapping[str, Any]], score: str) -> Mapping[str, Any]:
+    """Return the line with the highest ``score``."""
+    return max(lines, key=lambda line: line[score]["value"])

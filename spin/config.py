@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from spin.errors import SpinError
-from spin.scorers import PRIMARY, names
+from spin.scorers import names
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -111,7 +111,7 @@ class TrainConfig(_Config):
     SPIN's on ``pairs`` (one iteration: its reference is the base model)."""
     pairs: Literal["given", "ranked"] = "given"
     """``dpo``: pairs are the data's own, or, where it has winners alone, drawn by the base model: of
-    ``ranked_draws`` images per prompt the one that the CLIP score likes best is the winner, the worst the loser. That
+    ``ranked_draws`` images per prompt the one with the best primary score is the winner, the worst the loser. That
     learns from a judge, which self-play does not, and from the one that later tells who has won."""
     ranked_draws: Annotated[int, Field(ge=2)] = 4
     link: Literal["logistic", "hinge", "correlation", "exponential"] = "logistic"
@@ -269,8 +269,8 @@ class WeightsConfig(_Config):
 class ScoreConfig(_Config):
     """What is measured on held-out prompts, and with which judge."""
 
-    scorers: Annotated[tuple[str, ...], Field(min_length=1)] = (PRIMARY,)
-    """Names of scorers (``spin.scorers``); ``clip_score``, which decides wins and picks the challenger, is one."""
+    scorers: Annotated[tuple[str, ...], Field(min_length=1)] = ("clip_score",)
+    """Names of scorers (``spin.scorers``); the first is the primary one: it decides wins and picks the best player."""
     weights: dict[str, WeightsConfig] = {}
     """Weights by scorer, where they are not what the scorer loads by itself (which ``pickscore`` alone can)."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -312,11 +312,14 @@ class ScoreConfig(_Config):
                 raise ValueError(f"expected a scorer, got {name!r}; {nearest(name, known)}")
         if len({*self.scorers}) < len(self.scorers):
             raise ValueError(f"expected each scorer once, got {', '.join(self.scorers)}")
-        if PRIMARY not in self.scorers:
-            raise ValueError(f"expected {PRIMARY} among the scorers, got {', '.join(self.scorers)}; it decides wins")
         if "style_share" in self.scorers and not self.styles:
             raise ValueError("expected score.styles for style_share, got none; name them or leave the scorer out")
         return self
+
+    @property
+    def primary(self) -> str:
+        """The score that decides wins, picks the best player and ranks draws."""
+        return self.scorers[0]
 
 
 class RunConfig(_Config):

@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from spin.config import NonNegativeFloat, Positive, integral, nearest
+from spin.config import NonNegativeFloat, Positive, ScoreConfig, integral, nearest
 from spin.emoji import Split
 from spin.errors import SpinError
-from spin.scorers import PRIMARY
+from spin.measures import with_average
 from spin.stats import Estimate, bootstrap, wins
 
 RESAMPLES = 2000
@@ -30,13 +30,13 @@ class Policy(BaseModel):
     """Prompts to judge on. The challenger was chosen on those for validation, so their scores flatter it."""
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
     """Of the intervals."""
-    better: dict[str, NonNegativeFloat] = {PRIMARY: 0.0}
-    """Metrics that must surely rise by more than this, in the metric's unit."""
+    better: dict[str, NonNegativeFloat]
+    """Scores that must surely rise by more than this, in the score's unit; left out: the primary score, by anything."""
     win_rate: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Share of images that must surely be exceeded by those that win by the primary score, ties as half; 0: not
     asked."""
     not_worse: dict[str, NonNegativeFloat] = {}
-    """Metrics that must surely not fall by this much, in the metric's unit."""
+    """Scores that must surely not fall by this much, in the score's unit."""
     fewest_prompts: Positive = 20
     """With fewer prompts in common an interval is too narrow to rely on, and the gate stays shut."""
     promote: Literal["recommend", "automatic"] = "recommend"
@@ -77,14 +77,14 @@ class Decision(BaseModel):
     findings: tuple[Finding, ...] = ()
 
 
-def policy(options: dict[str, Any]) -> Policy:
-    """Return the policy with these ``options``.
+def policy(options: dict[str, Any], scoring: ScoreConfig) -> Policy:
+    """Return the policy with these ``options``, for a run that is scored as ``scoring`` says.
 
     Raises:
-        SpinError: an unknown option or a value outside its range.
+        SpinError: an unknown option, a value outside its range, or a score that the run does not have.
     """
     try:
-        return Policy.model_validate(integral(options))
+        asked = Policy.model_validate({"better": {scoring.primary: 0.0}} | integral(options))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -92,25 +92,22 @@ def policy(options: dict[str, Any]) -> Policy:
             raise SpinError(
                 f"expected a known option of the gate, got {where!r}; {nearest(where, list(Policy.model_fields))}"
             ) from None
-        asked = first["msg"].removeprefix("Input should ")
-        raise SpinError(f"expected {where or 'the gate'} to {asked}, got {first['input']!r} (in gate)") from None
+        should = first["msg"].removeprefix("Input should ")
+        raise SpinError(f"expected {where or 'the gate'} to {should}, got {first['input']!r} (in gate)") from None
+    known = with_average(scoring.scorers)
+    for name in (*asked.better, *asked.not_worse):
+        if name not in known:
+            raise SpinError(f"expected a score that the run has, got {name!r} (in gate); {nearest(name, known)}")
+    return asked
 
 
-def decide(policy: Policy, ours: pa.Table, theirs: pa.Table, against: str) -> Decision:
-    """Judge a challenger's scores against a rival's, tables with a row per image.
-
-    Raises:
-        SpinError: the policy asks for a metric that was not scored.
-    """
+def decide(policy: Policy, primary: str, ours: pa.Table, theirs: pa.Table, against: str) -> Decision:
+    """Judge a challenger's scores against a rival's, tables with a row per image; ``primary`` decides who wins."""
     mine, rival = (_by_place(table, policy.split) for table in (ours, theirs))
     shared = sorted(mine.keys() & rival.keys())
     images: dict[str, list[Place]] = {}
     for place in shared:
         images.setdefault(place[0], []).append(place)
-    metrics = _scored(ours, theirs)
-    for name in (*policy.better, *policy.not_worse, *([PRIMARY] if policy.win_rate else [])):
-        if name not in metrics:
-            raise SpinError(f"expected a metric that was scored, got {name!r} (in gate); {nearest(name, metrics)}")
     if len(images) < policy.fewest_prompts:
         found = f"{len(images)} {policy.split} prompts in common with {against}, the gate asks for"
         reason = f"{found} {policy.fewest_prompts} or more"
@@ -126,7 +123,7 @@ def decide(policy: Policy, ours: pa.Table, theirs: pa.Table, against: str) -> De
     asked = [(name, gain(name), least) for name, least in policy.better.items()]
     asked += [(name, gain(name), -most) for name, most in policy.not_worse.items()]
     if policy.win_rate:
-        share = estimate(PRIMARY, lambda one, other: wins(np.array(one), np.array(other)).item())
+        share = estimate(primary, lambda one, other: wins(np.array(one), np.array(other)).item())
         asked.append(("win_rate", share, policy.win_rate))
     findings = tuple(Finding(name=name, above=above, **found.as_dict()) for name, found, above in asked)
     passed = all(finding.passed for finding in findings)
@@ -140,10 +137,3 @@ def decide(policy: Policy, ours: pa.Table, theirs: pa.Table, against: str) -> De
 
 def _by_place(table: pa.Table, split: str) -> dict[Place, dict[str, Any]]:
     return {(row["id"], row["sample"]): row for row in table.to_pylist() if row["split"] == split}
-
-
-def _scored(ours: pa.Table, theirs: pa.Table) -> list[str]:
-    """Return the metrics that both tables hold."""
-    return [
-        field.name for field in ours.schema if field.name in theirs.column_names and pa.types.is_floating(field.type)
-    ]

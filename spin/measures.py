@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from spin.scorers import AVERAGED, PRIMARY
+from spin.run import Index
+from spin.scorers import AVERAGED
 from spin.stats import bootstrap, per_prompt, wins
 
 AVERAGE = "average"
@@ -21,18 +22,23 @@ def with_average(names: Sequence[str]) -> list[str]:
     return [*names, AVERAGE] if set(AVERAGED) <= {*names} else [*names]
 
 
+def scores_of(scored: Index) -> list[str]:
+    """Return the names of the scores that a score stage gave every image, the primary one first."""
+    return with_average(scored.inputs["config"]["scorers"])
+
+
 def average(scores: Mapping[str, Sequence[float]]) -> list[float]:
     """Return the plain mean of the paper's four scores, image by image."""
     mean: list[float] = np.mean([scores[name] for name in AVERAGED], axis=0).tolist()
     return mean
 
 
-def representatives(table: pa.Table, images_per_prompt: int) -> np.ndarray:
+def representatives(table: pa.Table, primary: str, images_per_prompt: int) -> np.ndarray:
     """Return the row of each prompt's best image, int [P]: best on the average, without it on the primary score.
 
     ``table`` is ordered by prompt. Source: the paper draws five images per prompt and keeps one of them so.
     """
-    deciding = table[AVERAGE if AVERAGE in table.column_names else PRIMARY].to_numpy()
+    deciding = table[AVERAGE if AVERAGE in table.column_names else primary].to_numpy()
     best = deciding.reshape(-1, images_per_prompt).argmax(axis=1)
     rows: np.ndarray = best + np.arange(len(best)) * images_per_prompt
     return rows
@@ -50,7 +56,7 @@ def measure(
     Args:
         table: one row per image, ordered by prompt and sample.
         earlier: the same of earlier players by their title, the base first; rows are paired with ``table``'s.
-        names: columns with scores.
+        names: columns with scores, the primary one first.
 
     Returns:
         ``metrics``: the mean over prompts of one image's expected score, its median over images, and ``win_rate``
@@ -62,6 +68,7 @@ def measure(
     def estimate(values: np.ndarray, n: int = images_per_prompt) -> dict[str, float]:
         return bootstrap(per_prompt(values, n), resamples).as_dict()
 
+    primary = names[0]
     scores = {name: table[name].to_numpy() for name in names}
     metrics = {name: estimate(values) | {"median": float(np.median(values))} for name, values in scores.items()}
     rates = {
@@ -69,15 +76,15 @@ def measure(
         for title, theirs in earlier.items()
     }
     if rates:
-        metrics["win_rate"] = next(iter(rates.values()))[PRIMARY]
+        metrics["win_rate"] = next(iter(rates.values()))[primary]
     facts: dict[str, dict[str, Any]] = {"metrics": metrics, "win_rates": rates}
     if images_per_prompt > 1:
-        best = table.take(representatives(table, images_per_prompt))
+        best = table.take(representatives(table, primary, images_per_prompt))
         facts["best_of_n"] = {name: estimate(best[name].to_numpy(), 1) for name in names}
         if earlier:
             base = next(iter(earlier.values()))
-            base = base.take(representatives(base, images_per_prompt))
-            won = wins(best[PRIMARY].to_numpy(), base[PRIMARY].to_numpy())
+            base = base.take(representatives(base, primary, images_per_prompt))
+            won = wins(best[primary].to_numpy(), base[primary].to_numpy())
             facts["best_of_n"]["win_rate"] = estimate(won, 1)
     categories = [name for name in pc.unique(table["category"]).to_pylist() if name]
     if 1 < len(categories) <= MOST_CATEGORIES:
@@ -86,6 +93,33 @@ def measure(
             mine = pc.equal(table["category"], category).to_numpy()
             facts["by_category"][_plain(category)] = {name: estimate(values[mine]) for name, values in scores.items()}
     return facts
+
+
+def estimates(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return all estimates in a score stage's facts as rows: ``split``, ``kind`` (that of the facts), ``of`` (the
+    earlier player or the category, where there is one), ``score``, ``value``, ``low``, ``high``, ``median``."""
+    rows = []
+    for kind in ("metrics", "best_of_n", "win_rates", "by_category"):
+        for split, found in facts.get(kind, {}).items():
+            for of, scores in found.items() if kind in ("win_rates", "by_category") else [("", found)]:
+                place = {"split": split, "kind": kind, "of": of}
+                rows += [{**place, "score": name, "median": None, **estimate} for name, estimate in scores.items()]
+    for split, distance in facts.get("frechet_distance", {}).items():
+        place = {"split": split, "kind": "metrics", "of": "", "score": "frechet_distance", "median": None}
+        rows.append({**place, "value": distance, "low": None, "high": None})
+    # Facts that were stored are in another order than those just made.
+    return sorted(rows, key=lambda row: [row[key] for key in ("split", "kind", "of", "score")])
+
+
+def followed(facts: Mapping[str, Any]) -> dict[str, float]:
+    """Return what a score stage's facts estimate, by the names under which it is followed over iterations."""
+    found: dict[str, float] = {}
+    for row in estimates(facts):
+        kind = "" if row["kind"] == "metrics" else row["kind"]
+        found[".".join(filter(None, (row["split"], kind, row["of"], row["score"])))] = row["value"]
+        if row["median"] is not None:
+            found[f"{row['split']}.median.{row['score']}"] = row["median"]
+    return found
 
 
 def _plain(category: str) -> str:

@@ -21,7 +21,6 @@ from spin import charts, report
 from spin.comparison import Row, costs
 from spin.errors import SpinError
 from spin.run import Run, iteration_stage
-from spin.scorers import PRIMARY
 from spin.stages.generate import shard_stage
 from spin.stages.train import verdict_of
 from spin.stats import bootstrap, wins
@@ -78,6 +77,7 @@ class Gathered:
         chosen = np.linspace(0, iteration, min(iteration + 1, MOST_MODELS)).round().astype(int)
         self.models = [int(k) for k in chosen]
         """Iterations that are drawn; all of them, where they are few."""
+        self.primary = self.config.score.primary
 
     @cached_property
     def scores(self) -> dict[int, dict[Place, dict[str, Any]]]:
@@ -156,7 +156,7 @@ def _spent(found: Gathered) -> list[dict[str, Any]]:
 
 
 def _html(found: Gathered, verdicts: Sequence[tuple[str, str]]) -> str:
-    places, shown = list(found.scores[found.iteration]), found.shown
+    places, shown, primary = list(found.scores[found.iteration]), found.shown, found.primary
     best, worst = _changes(found, places)
     pictures: dict[tuple[int, Place], bytes] = {}
     for k in found.models:
@@ -165,13 +165,11 @@ def _html(found: Gathered, verdicts: Sequence[tuple[str, str]]) -> str:
         pictures |= {(k, place): drawn[place] for place in wanted}
     real = found.real_images([id for id, _ in shown])
     sources = shrunk({**pictures, **real})
-    header, body = report.table(found.scored)
 
     def cell(k: int, place: Place) -> Cell:
         row, name = found.scores[k][place], report.row_name(k)
-        score = f"{row[PRIMARY]:.1f}"
-        title = report.TITLES.get(PRIMARY, PRIMARY)
-        return Cell(sources[k, place], f"{row['prompt']}: {name}, {title} {score}", name, score)
+        score = report.number(primary, row[primary])
+        return Cell(sources[k, place], f"{row['prompt']}: {name}, {report.title_of(primary)} {score}", name, score)
 
     def strip(place: Place) -> dict[str, Any]:
         prompt = found.scores[found.iteration][place]["prompt"]
@@ -189,15 +187,15 @@ def _html(found: Gathered, verdicts: Sequence[tuple[str, str]]) -> str:
         iteration=found.iteration,
         finished=f"{datetime.fromisoformat(found.scored[-1].producer['finished']):%Y-%m-%d %H:%M %Z}",
         cards=_cards(found, verdicts),
-        header=header,
-        body=body,
+        scores=report.table(found.scored),
         caption=report.caption(found.scored),
         verdicts=[(report.row_name(k), word, reason) for k, (word, reason) in enumerate(verdicts, 1)],
         sheet=[strip(place) for place in shown],
         best=[change(place) for place in best],
         worst=[change(place) for place in worst],
-        primary=report.TITLES.get(PRIMARY, PRIMARY),
+        primary=report.title_of(primary),
         wins=_wins(found),
+        further=report.further(found.scored),
         distributions=_distributions(found),
         curves=_curves(found),
         legend=[(charts.colour(k), report.row_name(k)) for k in found.models if k],
@@ -221,9 +219,9 @@ def _changes(found: Gathered, places: Sequence[Place]) -> tuple[list[Place], lis
     """Return where the last player gained most over the base, and where it lost most."""
     if not found.iteration:
         return [], []
-    base, last = found.scores[0], found.scores[found.iteration]
+    base, last, primary = found.scores[0], found.scores[found.iteration], found.primary
     both = [place for place in places if place in base]
-    ranked = sorted(both, key=lambda place: last[place][PRIMARY] - base[place][PRIMARY])
+    ranked = sorted(both, key=lambda place: last[place][primary] - base[place][primary])
     count = min(CHANGES, len(ranked) // 2)
     return ranked[::-1][:count], ranked[:count]
 
@@ -252,14 +250,16 @@ def _source(image: Image.Image, side: int, quality: int) -> str:
 
 def _cards(found: Gathered, verdicts: Sequence[tuple[str, str]]) -> list[tuple[str, str, str]]:
     """Return (title, value, note) of what to read first."""
-    last = found.scored[-1].facts["metrics"]["test"]
-    before = found.scored[0].facts["metrics"]["test"][PRIMARY]["value"]
-    chosen = max(found.scored, key=lambda index: index.facts["metrics"]["validation"][PRIMARY]["value"])
-    best = chosen.facts["metrics"]["test"][PRIMARY]["value"]
+    last, primary = found.scored[-1].facts["metrics"]["test"], found.primary
+    chosen = max(found.scored, key=lambda index: index.facts["metrics"]["validation"][primary]["value"])
+    before, now, best = (
+        report.number(primary, index.facts["metrics"]["test"][primary]["value"])
+        for index in (found.scored[0], found.scored[-1], chosen)
+    )
     note = "the base model"
     if found.iteration:
-        note = f"base {before:.1f}; best on validation: {report.row_name(chosen.iteration)}, {best:.1f}"
-    cards = [(report.TITLES.get(PRIMARY, PRIMARY), f"{last[PRIMARY]['value']:.1f}", note)]
+        note = f"base {before}; best on validation: {report.row_name(chosen.iteration)}, {best}"
+    cards = [(report.title_of(primary), now, note)]
     if rate := last.get("win_rate"):
         cards.append(("Win rate over base", f"{100 * rate['value']:.0f} %", f"surely above {100 * rate['low']:.0f} %"))
     if verdicts:
@@ -268,14 +268,14 @@ def _cards(found: Gathered, verdicts: Sequence[tuple[str, str]]) -> list[tuple[s
 
 
 def _wins(found: Gathered) -> Any:
-    rows = []
+    rows, primary = [], found.primary
     for before, k in zip(found.models, found.models[1:], strict=False):
         ours = found.scores[k]
         for rival in dict.fromkeys((0, before)):
             theirs = found.scores[rival]
             prompts: dict[str, list[float]] = {}
             for place in ours.keys() & theirs.keys():
-                won = wins(np.array(ours[place][PRIMARY]), np.array(theirs[place][PRIMARY]))
+                won = wins(np.array(ours[place][primary]), np.array(theirs[place][primary]))
                 prompts.setdefault(place[0], []).append(won.item())
             share = bootstrap(np.array([np.mean(prompts[id]) for id in sorted(prompts)]), found.config.score.bootstrap)
             rows.append((f"{report.row_name(k)} over {report.row_name(rival)}", k, share.as_dict()))
@@ -296,7 +296,7 @@ def _distributions(found: Gathered) -> list[tuple[str, Any]]:
         }
         # Shares of yes and no are in the table.
         if all(len(values) for values in series.values()) and len(np.unique(np.concatenate([*series.values()]))) > 2:
-            title = report.TITLES.get(field.name, field.name)
+            title = report.title_of(field.name)
             told = "; ".join(f"{names[k]} mean {values.mean():.3g}" for k, values in series.items())
             drawn.append((title, charts.distributions(series, names, f"Distribution of {title}: {told}")))
     return drawn

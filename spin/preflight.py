@@ -13,7 +13,7 @@ from typing import Any, Literal
 from spin import cluster, tracking
 from spin.budget import passes
 from spin.cluster import ACCELERATOR, Need
-from spin.config import RunConfig
+from spin.config import RunConfig, ScoreConfig
 from spin.errors import SpinError
 from spin.gate import policy
 from spin.presets import resolve
@@ -124,7 +124,7 @@ def preflight(
     def options() -> str:
         nonlocal config
         config = resolve(preset, base_model, data_source, overrides or {})
-        policy(dict(gate or {}))
+        policy(dict(gate or {}), config.score)
         if train_nodes < 1:
             raise SpinError(f"expected at least 1 node to train on, got {train_nodes}; set train_nodes")
         config.train.check_processes(max(1, int(gpu_count)) * int(train_nodes))
@@ -151,7 +151,7 @@ def preflight(
         check("run key", run)
         check("base model", lambda: _base(plan.base_model, store, prepared))
         check("data", lambda: _data(plan, store, prepared))
-        check("scorer", lambda: _scorer(plan.score.clip_model))
+        check("scorer", lambda: _scorer(plan.score))
         check("size of the run", lambda: _size(plan, int(iterations), int(gpu_count)))
         scratch = _scratch_bytes(plan, store)
         amounts = {"cpu": cpu, "memory": memory, "ephemeral-storage": float(scratch)}
@@ -249,9 +249,12 @@ def _data(config: RunConfig, store: Store | None, prepared: bool) -> str:
     return f"{source}: {len(rows)} of the first {len(items)} rows are usable"
 
 
-def _scorer(name: str) -> str:
+def _scorer(config: ScoreConfig) -> str:
     from spin.scorers.clip import Clip
 
+    if not {"clip_score", "style_share"} & {*config.scorers}:
+        raise _Skip(f"{', '.join(config.scorers)}: prepare-data loads them before anything else")
+    name = config.clip_model
     folder = Path(Clip.find(name))
     if name != "emoji" and not folder.exists():
         raise _Skip(f"{name} is a hub name: prepare-data loads it before anything else")

@@ -13,7 +13,7 @@ from typing import Any
 
 from spin.errors import SpinError
 from spin.run import Run
-from spin.store import Ref, digest_of
+from spin.store import Ref, Store, digest_of
 
 logger = logging.getLogger("spin")
 
@@ -23,6 +23,9 @@ class Progress:
 
     What an attempt with other inputs left is not gone on with, and removed with the first part of this one.
 
+    Args:
+        whole: the stage whose index ends it, where ``stage`` is a share of one.
+
     Attributes:
         parts: the objects in the store.
         folders: where added parts, and those of earlier attempts, are on this machine.
@@ -30,9 +33,9 @@ class Progress:
         facts: what else was noted with the last part, by name; empty before the first.
     """
 
-    def __init__(self, run: Run, stage: str, inputs: dict[str, Any]):
+    def __init__(self, run: Run, stage: str, inputs: dict[str, Any], whole: str = ""):
         self.run, self.stage, self._inputs, self._identity = run, stage, inputs, digest_of(inputs)
-        self._attempt = uuid.uuid4().hex
+        self._whole, self._attempt, self._store = whole or stage, uuid.uuid4().hex, run.parts_store(stage)
         self.parts: list[Ref] = []
         self.folders: list[Path] = []
         self.seconds = 0.0
@@ -41,7 +44,7 @@ class Progress:
         self._stale = parts_of(known)
         if known and known["inputs"] == self._identity:
             try:
-                self.folders = [run.store.get(part) for part in self._stale]
+                self.folders = [self._store.get(part) for part in self._stale]
             except SpinError as error:
                 logger.warning("%s: starting anew, what it had cannot be read (%s)", stage, error)
             else:
@@ -73,13 +76,13 @@ class Progress:
             "seconds": round(seconds, 2),
             "facts": facts,
         }
-        if self.run.find(self.stage, self._inputs):
+        if self.run.find(self._whole, self._inputs):
             # Another process has finished the stage, and removed the parts that both began from.
-            discard(self.run, parts)
+            discard(self._store, parts)
             return
         self.run.write_progress(self.stage, value)
         stale, self._stale = self._stale, []
-        discard(self.run, [part for part in stale if part not in parts])
+        discard(self._store, [part for part in stale if part not in parts])
 
 
 def forget(run: Run, stage: str) -> None:
@@ -90,14 +93,14 @@ def forget(run: Run, stage: str) -> None:
         except SpinError as error:
             logger.warning("the progress of %s stays in the store (%s)", stage, error)
         else:
-            discard(run, parts_of(known))
+            discard(run.parts_store(stage), parts_of(known))
 
 
-def discard(run: Run, parts: Sequence[Ref]) -> None:
+def discard(store: Store, parts: Sequence[Ref]) -> None:
     """Remove parts that are no longer needed, as far as the store lets them go."""
     for part in parts:
         try:
-            run.store.remove(part)
+            store.remove(part)
         except SpinError as error:
             logger.warning("a part that is no longer needed stays in the store (%s)", error)
 

@@ -3,19 +3,47 @@
 import html
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw
 
+from spin.measures import scores_of
 from spin.run import Index
-from spin.scorers import PRIMARY
 
 if TYPE_CHECKING:
     from spin.data.dataset import HeldOut, Prompt
 
-TITLES = {"clip_score": "CLIP score", "style_share": "Style share", "win_rate": "Win rate over base"}
+TITLES = {
+    "clip_score": "CLIP score",
+    "style_share": "Style share",
+    "hpsv2_0": "HPSv2.0",
+    "hpsv2_1": "HPSv2.1",
+    "pickscore": "PickScore",
+    "image_reward": "ImageReward",
+    "aesthetic": "Aesthetic",
+    "average": "Average",
+    "win_rate": "Win rate over base",
+    "frechet_distance": "Fréchet distance",
+}
+DIGITS = {"clip_score": 2, "hpsv2_0": 4, "hpsv2_1": 4}
+"""Decimals that a scale deserves, where they are not three."""
 MARGIN = 4
 MOST_SCALARS = 10
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text in rows and columns, for any reader; the first column names the row.
+
+    Attributes:
+        note: what to know of it; empty: nothing.
+    """
+
+    title: str
+    header: list[str]
+    body: list[list[str]]
+    note: str = ""
 
 
 def row_name(iteration: int) -> str:
@@ -47,23 +75,80 @@ def contact_sheet(
     return sheet
 
 
+def title_of(name: str) -> str:
+    return TITLES.get(name, name)
+
+
+def number(name: str, value: float) -> str:
+    """Return ``value`` with the digits that the metric's scale deserves; ``name`` may go on behind the metric's."""
+    digits = next((digits for metric, digits in DIGITS.items() if name.startswith(metric)), 3)
+    return f"{value:.{digits}f}"
+
+
 def cell(name: str, metric: Mapping[str, float] | None) -> str:
-    """Return ``value [low, high]`` with the digits that the metric's scale deserves."""
+    """Return ``value [low, high]``."""
     if metric is None:
         return "-"
-    digits = 2 if name.startswith(PRIMARY) else 3
-    return f"{metric['value']:.{digits}f} [{metric['low']:.{digits}f}, {metric['high']:.{digits}f}]"
+    value, low, high = (number(name, metric[key]) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
-def table(rows: Sequence[Index], split: str = "test") -> tuple[list[str], list[list[str]]]:
-    """Return header and body of the result table; ``rows`` are the score indexes of iterations 0..k."""
-    names = list(rows[-1].facts["metrics"][split])
-    header = ["model", *(TITLES.get(name, name) for name in names)]
+def table(rows: Sequence[Index], split: str = "test") -> Table:
+    """Return the result table: what to expect of one image; ``rows`` are the score indexes of iterations 0..k."""
+    found = _of_models("Scores", rows, "metrics", split)
+    distances = [row.facts.get("frechet_distance", {}).get(split) for row in rows]
+    if any(distance is not None for distance in distances):
+        found.header.append(TITLES["frechet_distance"])
+        for line, distance in zip(found.body, distances, strict=True):
+            line.append("-" if distance is None else number("frechet_distance", distance))
+    return found
+
+
+def further(rows: Sequence[Index], split: str = "test") -> list[Table]:
+    """Return what else was estimated: medians, the best of several images, win rates, means by category."""
+    last, n = rows[-1], rows[-1].facts["images_per_prompt"]
+    metrics = last.facts["metrics"][split]
+    tables = []
+    names = scores_of(last)
+    if all("median" in metrics[name] for name in names):
+        body = [
+            [row_name(row.iteration), *(number(name, row.facts["metrics"][split][name]["median"]) for name in names)]
+            for row in rows
+        ]
+        tables.append(Table("Medians", ["model", *map(title_of, names)], body, "The score of the middle image."))
+    if "best_of_n" in last.facts:
+        found = _of_models(f"Best of {n}", rows, "best_of_n", split)
+        note = "Each prompt's best image alone: it flatters a player whose images vary."
+        tables.append(Table(found.title, found.header, found.body, note))
+    if rates := last.facts.get("win_rates", {}).get(split):
+        titles = [row_name(row.iteration) for row in rows[:-1]]
+        body = [[f"over {title}", *(cell("win_rate", rates[title][name]) for name in names)] for title in titles]
+        note = "Share of images that score higher than the earlier player's from the same noise; ties count half."
+        header = [row_name(last.iteration), *map(title_of, names)]
+        tables.append(Table(f"Win rates of {row_name(last.iteration)}", header, body, note))
+    categories = last.facts.get("by_category", {}).get(split, {})
+    for name in names if categories else []:
+        body = [
+            [category, *(cell(name, row.facts["by_category"][split][category][name]) for row in rows)]
+            for category in categories
+        ]
+        header = ["category", *(row_name(row.iteration) for row in rows)]
+        tables.append(Table(f"{title_of(name)} by category", header, body))
+    return tables
+
+
+def _of_models(title: str, rows: Sequence[Index], kind: str, split: str) -> Table:
+    """Return a row per model and a column per estimate of one kind of facts."""
+    names = _columns(rows[-1], rows[-1].facts[kind][split])
     body = [
-        [row_name(row.iteration), *(cell(name, row.facts["metrics"][split].get(name)) for name in names)]
-        for row in rows
+        [row_name(row.iteration), *(cell(name, row.facts[kind][split].get(name)) for name in names)] for row in rows
     ]
-    return header, body
+    return Table(title, ["model", *map(title_of, names)], body)
+
+
+def _columns(scored: Index, known: Mapping[str, Any]) -> list[str]:
+    """Return the names in ``known`` in their order, the primary score first: what was stored has lost it."""
+    return [name for name in (*scores_of(scored), "win_rate") if name in known]
 
 
 def caption(rows: Sequence[Index], split: str = "test") -> str:
@@ -77,7 +162,10 @@ def caption(rows: Sequence[Index], split: str = "test") -> str:
 def scalars(index: Index, split: str = "test") -> dict[str, float]:
     """Return the means that KFP lists beside a task, the first ten: its view has no room for more."""
     metrics = index.facts["metrics"][split]
-    return {name: metrics[name]["value"] for name in list(metrics)[:MOST_SCALARS]}
+    means = {name: metrics[name]["value"] for name in _columns(index, metrics)}
+    if (distance := index.facts.get("frechet_distance", {}).get(split)) is not None:
+        means["frechet_distance"] = distance
+    return dict(list(means.items())[:MOST_SCALARS])
 
 
 def spending(costs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -103,12 +191,15 @@ def markdown(
     verdicts: Sequence[tuple[str, str]],
     costs: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """Return the result table, what it took, and each iteration's verdict (from the first) for KFP's Markdown view."""
-    header, body = table(rows)
-    lines = [f"# Run {run_key}", "", *_grid(header, body), "", caption(rows), ""]
-    if costs:
-        lines += [*spending(costs), ""]
+    """Return all tables, what the run took, and each iteration's verdict (from the first) for KFP's Markdown view."""
+    scores = table(rows)
+    lines = [f"# Run {run_key}", "", *_grid(scores.header, scores.body), "", caption(rows), ""]
     lines += [f"- {row_name(k)}: **{word}**, {plain(reason)}" for k, (word, reason) in enumerate(verdicts, 1)]
+    for found in further(rows):
+        lines += ["", f"## {plain(found.title)}", "", *_grid(found.header, found.body)]
+        lines += ["", found.note] if found.note else []
+    if costs:
+        lines += ["", "## Time spent", "", *spending(costs)]
     return "\n".join([*lines, ""])
 
 
@@ -138,8 +229,9 @@ def comparison(run_key: str, base: Index, compared: Index) -> str:
     """Return the tables of a comparison as Markdown: scores, standing against base and rival, and costs."""
     facts = compared.facts
     lines, split = list(facts["rows"].values()), facts["split"]
-    names = list(base.facts["metrics"][split])
-    names += [f"{kind}_{against}" for against in ("base", "sft") for kind in ("win_rate_over", f"{PRIMARY}_minus")]
+    names = scores_of(base)
+    kinds = ("win_rate_over", f"{facts['primary']}_minus")
+    names += [f"{kind}_{against}" for against in ("base", "sft") for kind in kinds]
     names = [name for name in names if any(name in line for line in lines)]
     head = ["model", *(TITLES.get(name, name.replace("_", " ")) for name in names), "share of SFT's gain"]
     body = [

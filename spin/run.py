@@ -209,6 +209,14 @@ class Run:
             )  # fmt: skip
         return first
 
+    def parts_store(self, stage: str) -> Store:
+        """Return where an unfinished stage keeps its parts.
+
+        Those of scores are below ``parts/``: who scores may write there, and not where models and checkpoints are.
+        """
+        scores = stage.rpartition("/")[2].startswith("score")
+        return Store(f"{self.store.uri}/parts", self.store.endpoint) if scores else self.store
+
     def put_part(self, stage: str, attempt: str, folder: Path) -> Ref:
         """Store what an unfinished stage has so far, as an object of this run, stage and attempt alone.
 
@@ -216,7 +224,7 @@ class Run:
         must not take this one's.
         """
         (folder / "whose.txt").write_text(f"{self.key} {stage} {attempt}")
-        return self.store.put_folder(folder)
+        return self.parts_store(stage).put_folder(folder)
 
     def read_progress(self, stage: str) -> dict[str, Any] | None:
         """Return the progress document of an unfinished stage, if any; ``Progress`` says what is in it."""
@@ -253,7 +261,7 @@ def whole_shards(value: float) -> int:
         SpinError: it is below 1 or no whole number.
     """
     if not value >= 1 or value % 1:
-        raise SpinError(f"expected at least 1 shard, got {value}; use the number that the losers are drawn in")
+        raise SpinError(f"expected at least 1 shard, got {value}; use the number that the images are drawn in")
     return int(value)
 
 

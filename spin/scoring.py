@@ -1,7 +1,7 @@
 """Scoring one player: draw the held-out prompts, score each image, estimate the metrics beside earlier iterations.
 
 Images are drawn, scored and stored in chunks: memory does not grow with their number, and an attempt that was killed
-loses the chunk it was at.
+loses the chunk it was at. Shards share the chunks, and whoever gathers them puts these in order again.
 """
 
 import io
@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from spin import models, prompts, report
-from spin.accounting import cost, flops_per_image
+from spin.accounting import cost, flops_per_image, peak
 from spin.config import RunConfig, ScoreConfig
 from spin.data.dataset import Dataset, HeldOut, Prompt
 from spin.disk import scratch
@@ -26,13 +26,13 @@ from spin.errors import SpinError
 from spin.measures import AVERAGE, average, measure, with_average
 from spin.memory import room_for
 from spin.progress import Progress, forget
-from spin.run import Clock, Index, Run, producer
+from spin.run import Clock, Index, producer
 from spin.sampling import batches, decode, fast_precision, sample_latents
-from spin.scorers import PRIMARY, Scorer, Setting, load, load_all, scored
+from spin.scorers import Scorer, Setting, load, load_all, scored
 from spin.scorers.frechet import Features, frechet_distance
 from spin.seeding import noise_of
 from spin.stages import logger
-from spin.store import Ref
+from spin.stages.score import Scoring
 from spin.weights import Weights
 
 CHUNK = 256
@@ -41,70 +41,43 @@ SPLITS: tuple[Split, ...] = ("validation", "test")
 Row = Prompt | HeldOut
 Job = tuple[Row, int]
 """A prompt and which of its images."""
+Chunk = tuple[Split, list[Job]]
 
 
-def score_player(
-    run: Run,
-    config: RunConfig,
-    iteration: int,
-    stage: str,
-    player: Ref,
-    dataset: Ref,
-    asked: Ref | None,
-    earlier: list[Index],
-    inputs: dict[str, Any],
-    clock: Clock,
-    accelerators: int,
-) -> Index:
-    """Draw the prompts with ``player``, score every image and store scores, images and contact sheet.
-
-    Args:
-        asked: the prompt set that stands for the test split; None: the data set's own.
-    """
-    data = Dataset(run.store.get(dataset))
-    rows: dict[Split, Sequence[Row]] = {split: data.held_out(split, config.score.max_prompts) for split in SPLITS}
-    if not rows["test"] or not rows["validation"]:
-        raise SpinError(
-            "expected held-out prompts for validation and test, got none; raise data.held_out_share or add images"
-        )
-    if asked:
-        rows["test"] = prompts.load(run.store.get(asked))
-    n, size = config.score.images_per_prompt, config.generate.batch_size
-    chunks: list[tuple[Split, list[Job]]] = []
-    for split, mine in rows.items():
-        jobs: list[Job] = [(row, sample) for row in mine for sample in range(n)]
-        # Whole batches: an image's neighbours in its batch, and so its last bit, do not depend on the chunks.
-        chunks += [(split, [jobs[i] for i in part]) for part in batches(len(jobs), max(1, CHUNK // size) * size)]
-    progress, model = Progress(run, stage, inputs), None
-    before, weights = progress.seconds, progress.facts.get("weights", {})
-    if progress.parts:
-        logger.info("%s: going on after %d chunks", stage, len(progress.parts))
-    features = Features(config.score.frechet_model, models.best_device()) if config.score.frechet_model else None
+def draw_shard(scoring: Scoring, shard: int, shards: int, clock: Clock) -> int:
+    """Draw and score the chunks of one shard that are not stored yet; return the shard's images."""
+    data = Dataset(scoring.run.store.get(scoring.dataset))
+    mine = _chunks(scoring, _rows(scoring, data))[shard::shards]
     with scratch() as work:
-        if len(progress.parts) < len(chunks):
-            model = models.load(run.store.get(player))
-            setting = Setting(config.score, model.device, Weights(config.score.weights, run.store.download))
-            scorers = load_all(setting)
-            flops = flops_per_image(model, data.latents_shape, config.generate, decoded=True)
-            model.compile_for(config.compile, sum(len(part) for _, part in chunks))
-            if progress.parts and weights != setting.weights.digests:
-                logger.warning("%s: starting anew, the scorers' weights are others than before", stage)
-                progress.restart()
-                before = 0.0
-            weights = dict(setting.weights.digests)
-            _same_weights(earlier, weights)
-            drawn, whole = sum(len(part) for _, part in chunks[: len(progress.parts)]), sum(len(p) for _, p in chunks)
-            for number in range(len(progress.parts), len(chunks)):
-                split, part = chunks[number]
-                folder = work / f"chunk-{number:05d}"
-                _write(folder, split, part, draw(model, config, part, data.latents_shape), scorers, features)
-                progress.add(folder, before + clock.seconds, weights=weights)
-                drawn += len(part)
-                logger.info("iteration %d: scoring, %d of %d images drawn", iteration, drawn, whole)
+        _draw(scoring, data, mine, scoring.shard_stage(shard, shards), clock, work)
+    return sum(len(jobs) for _, jobs in mine)
+
+
+def score_player(scoring: Scoring, shards: int, clock: Clock) -> Index:
+    """Gather the shards (a single one is drawn here) and store scores, images and contact sheet.
+
+    Raises:
+        SpinError: a shard is incomplete, or shards were scored with different weights.
+    """
+    run, config, earlier = scoring.run, scoring.config, scoring.earlier
+    n = config.score.images_per_prompt
+    data = Dataset(run.store.get(scoring.dataset))
+    rows = _rows(scoring, data)
+    chunks = _chunks(scoring, rows)
+    with scratch() as work:
+        if shards == 1:
+            parts = [_draw(scoring, data, chunks, scoring.shard_stage(0, 1), clock, work)]
+        else:
+            parts = [
+                Progress(run, scoring.shard_stage(shard, shards), scoring.inputs)
+                for shard in range(min(shards, len(chunks)))
+            ]
+        folders = _whole(chunks, parts)
+        weights = _common_weights(parts)
         names = with_average(config.score.scorers)
         outputs = {}
         for name in ("scores", "images"):
-            _join([folder / f"{name}.parquet" for folder in progress.folders], work / f"{name}.parquet")
+            _join([folder / f"{name}.parquet" for folder in folders], work / f"{name}.parquet")
             outputs[name] = run.store.put_file(work / f"{name}.parquet")
         # Evenly over the split: neighbours in a data set are often alike.
         shown = rows["test"][:: max(1, len(rows["test"]) // config.score.sheet_prompts)][: config.score.sheet_prompts]
@@ -113,16 +86,16 @@ def score_player(
         report.contact_sheet(images, shown).save(work / "sheet.png")
         outputs["sheet"] = run.store.put_file(work / "sheet.png")
         table = pq.read_table(work / "scores.parquet")
-        if features:
-            _join([folder / "features.parquet" for folder in progress.folders], work / "features.parquet")
+        facts: dict[str, Any] = {
+            "prompts": {split: len(mine) for split, mine in rows.items()},
+            "images_per_prompt": n,
+            "weights": weights,
+        }
+        if config.score.frechet_model:
+            _join([folder / "features.parquet" for folder in folders], work / "features.parquet")
             outputs["features"] = run.store.put_file(work / "features.parquet")
-            distances = _distances(features, rows, pq.read_table(work / "features.parquet"))
-    facts: dict[str, Any] = {
-        "prompts": {split: len(mine) for split, mine in rows.items()},
-        "images_per_prompt": n,
-        "weights": weights,
-        **({"frechet_distance": distances} if features else {}),
-    }
+            features = Features(config.score.frechet_model, models.best_device())
+            facts["frechet_distance"] = _distances(features, rows, pq.read_table(work / "features.parquet"))
     rivals = {
         report.row_name(index.iteration): pq.read_table(run.store.get(index.outputs["scores"])) for index in earlier
     }
@@ -130,25 +103,110 @@ def score_player(
         known = {title: _of(split, theirs) for title, theirs in rivals.items()}
         for kind, found in measure(_of(split, table), known, names, n, config.score.bootstrap).items():
             facts.setdefault(kind, {})[split] = found
-    seconds, spent = round(before + clock.seconds, 2), dict[str, float]()
-    if model:
-        precision = fast_precision(model.device)
-        spent = cost(model.device, precision, flops, len(table), seconds, accelerators)
-    index = run.finish(
+    seconds = round(sum(part.seconds for part in parts) + clock.seconds, 2)
+    measured = parts[0].facts
+    return run.finish(
         Index(
-            stage=stage,
-            iteration=iteration,
-            inputs=inputs,
+            stage=scoring.stage,
+            iteration=scoring.iteration,
+            inputs=scoring.inputs,
             outputs=outputs,
             facts=facts,
             seconds=seconds,
             items=len(table),
-            cost=spent,
+            cost=cost(measured["peak_flops"], measured["flops"], len(table), seconds, scoring.accelerators),
             producer=producer(),
         )
     )
-    forget(run, stage)
-    return index
+
+
+def _rows(scoring: Scoring, data: Dataset) -> dict[Split, Sequence[Row]]:
+    """Return the prompts of each split."""
+    rows: dict[Split, Sequence[Row]] = {
+        split: data.held_out(split, scoring.config.score.max_prompts) for split in SPLITS
+    }
+    if not rows["test"] or not rows["validation"]:
+        raise SpinError(
+            "expected held-out prompts for validation and test, got none; raise data.held_out_share or add images"
+        )
+    if scoring.asked:
+        rows["test"] = prompts.load(scoring.run.store.get(scoring.asked))
+    return rows
+
+
+def _chunks(scoring: Scoring, rows: dict[Split, Sequence[Row]]) -> list[Chunk]:
+    """Return all images to draw, in chunks of whole batches.
+
+    So an image's neighbours in its batch, and its last bit, depend neither on the chunks nor on the shards.
+    """
+    size = scoring.config.generate.batch_size
+    chunks: list[Chunk] = []
+    for split, mine in rows.items():
+        jobs: list[Job] = [(row, sample) for row in mine for sample in range(scoring.config.score.images_per_prompt)]
+        chunks += [(split, [jobs[i] for i in part]) for part in batches(len(jobs), max(1, CHUNK // size) * size)]
+    return chunks
+
+
+def _draw(scoring: Scoring, data: Dataset, chunks: list[Chunk], stage: str, clock: Clock, work: Path) -> Progress:
+    """Draw and score the ``chunks`` that ``stage`` has not stored yet, in folders of ``work``."""
+    config, player = scoring.config, scoring.player
+    progress = Progress(scoring.run, stage, scoring.inputs, whole=scoring.stage)
+    before = progress.seconds
+    if progress.parts:
+        logger.info("%s: going on after %d chunks", stage, len(progress.parts))
+    if len(progress.parts) == len(chunks):
+        return progress
+    model = models.load(scoring.run.store.get(player))
+    setting = Setting(config.score, model.device, Weights(config.score.weights, scoring.run.store.download))
+    scorers = load_all(setting)
+    features = Features(config.score.frechet_model, models.best_device()) if config.score.frechet_model else None
+    flops = flops_per_image(model, data.latents_shape, config.generate, decoded=True)
+    whole = sum(len(jobs) for _, jobs in chunks)
+    model.compile_for(config.compile, whole)
+    weights = dict(setting.weights.digests)
+    if progress.parts and progress.facts["weights"] != weights:
+        logger.warning("%s: starting anew, the scorers' weights are others than before", stage)
+        progress.restart()
+        before = 0.0
+    _same_weights(scoring.earlier, weights)
+    top = peak(model.device.type, fast_precision(model.device))
+    drawn = sum(len(jobs) for _, jobs in chunks[: len(progress.parts)])
+    for number in range(len(progress.parts), len(chunks)):
+        split, jobs = chunks[number]
+        folder = work / f"chunk-{number:05d}"
+        _write(folder, split, jobs, draw(model, config, jobs, data.latents_shape), scorers, features)
+        progress.add(folder, before + clock.seconds, weights=weights, flops=flops, peak_flops=top)
+        drawn += len(jobs)
+        logger.info("%s: %d of %d images drawn", stage, drawn, whole)
+    return progress
+
+
+def _whole(chunks: Sequence[Chunk], parts: Sequence[Progress]) -> list[Path]:
+    """Return the folders of all chunks in order; ``parts`` are the shards, to which the chunks were dealt in turn."""
+    for shard, part in enumerate(parts):
+        if len(part.folders) != (wanted := len(chunks[shard :: len(parts)])):
+            raise SpinError(
+                f"expected {part.stage} with {wanted} chunks, got {len(part.folders)}; run that shard, or use the "
+                "number of shards that was drawn"
+            )
+    return [parts[i % len(parts)].folders[i // len(parts)] for i in range(len(chunks))]
+
+
+def _common_weights(parts: Sequence[Progress]) -> dict[str, str]:
+    """Return the weights that all shards were scored with.
+
+    Raises:
+        SpinError: they differ; then nothing of the shards is kept.
+    """
+    weights: dict[str, str] = parts[0].facts["weights"]
+    for part in parts:
+        if part.facts["weights"] != weights:
+            for other in parts:
+                forget(other.run, other.stage)
+            raise SpinError(
+                f"expected {part.stage} scored with the weights of the first shard, got others; run all shards again"
+            )
+    return weights
 
 
 def _same_weights(earlier: Sequence[Index], weights: dict[str, str]) -> None:
@@ -236,7 +294,7 @@ def draw(model: models.Model, config: RunConfig, jobs: Sequence[Job], shape: tup
 
 def primary_scorer(config: ScoreConfig, device: torch.device, download: Callable[[str], Path]) -> Scorer:
     """Return the scorer that decides who has won; ``download`` fetches what is on the run's S3 server."""
-    return load(PRIMARY, Setting(config, device, Weights(config.weights, download)))
+    return load(config.primary, Setting(config, device, Weights(config.weights, download)))
 
 
 def best_and_worst(

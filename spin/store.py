@@ -6,6 +6,7 @@ Layout below the store's uri ``s3://bucket/prefix``::
     folders/<sha256>/<path>           the files of a folder; the digest is that of its sorted listing
     folders/<sha256>.json             the listing, written last: a folder is complete or absent
     runs/<run key>/...json            indexes (``spin/run.py``)
+    parts/folders/...                 folders again, of unfinished score stages
 
 Objects are immutable and named by what they hold, so writing twice is harmless and a reader verifies what it gets.
 """

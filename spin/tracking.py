@@ -287,8 +287,7 @@ class StageLog:
                 if step not in self._sent
                 for name, value in measures.items()
             ]
-            for start in range(0, len(metrics), 1000):
-                self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+            self._client.log_batch(self.run_id, metrics=metrics)
             self._sent |= {step for step, _, _ in points}
 
         if points:
@@ -314,6 +313,8 @@ class StageLog:
         def action() -> None:
             from mlflow.entities import Metric, RunTag
 
+            from spin.measures import followed
+
             if self.known_index == identity:
                 return
             numbers = {k: v for k, v in _flat(index.facts).items() if isinstance(v, int | float)}
@@ -321,19 +322,11 @@ class StageLog:
             tags = {f"spin.{name}": ref.digest for name, ref in index.outputs.items()}
             tags |= {f"spin.producer.{name}": value for name, value in index.producer.items() if value}
             tags |= {f"spin.{name}": value for name, value in index.facts.items() if isinstance(value, str) and value}
-            self._client.log_batch(
-                self.run_id,
-                metrics=[Metric(key, float(value), finished, index.iteration) for key, value in numbers.items()],
-                tags=[RunTag(key, value) for key, value in tags.items()],
-            )
+            for run_id, values in ((self.run_id, numbers), (self.parent_id, followed(index.facts))):
+                points = [Metric(key, float(value), finished, index.iteration) for key, value in values.items()]
+                self._client.log_batch(run_id, metrics=points)
+            self._client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
             self._client.log_dict(self.run_id, index.model_dump(mode="json"), "index.json")
-            if scores := index.facts.get("metrics"):
-                points = [
-                    Metric(f"{split}.{name}", estimate["value"], finished, index.iteration)
-                    for split, metrics in scores.items()
-                    for name, estimate in metrics.items()
-                ]
-                self._client.log_batch(self.parent_id, metrics=points)
             self._client.set_tag(self.run_id, INDEX, identity)
 
         self._do(action)
@@ -361,16 +354,16 @@ class StageLog:
 
         self._do(action)
 
-    def table(self, rows: Path, name: str) -> None:
-        """Log a Parquet file as a table of the stage's run, which MLflow compares with those of other runs."""
-        digest = digest_of_file(rows)
+    def table(self, rows: Path | Sequence[Mapping[str, Any]], name: str) -> None:
+        """Log rows, or a Parquet file, as a table of the stage's run; MLflow compares it with those of other runs."""
+        digest = digest_of_file(rows) if isinstance(rows, Path) else digest_of(rows)
 
         def action() -> None:
             import pandas as pd
 
             if self._tags.get(f"spin.{name}_table") == digest:
                 return
-            frame = pd.read_parquet(rows)
+            frame = pd.read_parquet(rows) if isinstance(rows, Path) else pd.DataFrame(rows)
             if any(item.path == f"{name}.json" for item in self._client.list_artifacts(self.run_id)):
                 # log_table would append.
                 self._client.log_text(self.run_id, frame.to_json(orient="split", index=False), f"{name}.json")

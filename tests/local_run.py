@@ -50,7 +50,7 @@ class Pipeline:
         params = {
             "run_key": self.key,
             "iterations": ITERATIONS,
-            "generate_shards": SHARDS,
+            "shards": SHARDS,
             "gpu_count": 0,
             "store_uri": f"s3://spin/{self.key}",
             "store_endpoint": self.servers.s3_endpoint,

@@ -38,13 +38,13 @@ def compare_players(
     """
     from pathlib import Path
 
-    from spin.scorers import PRIMARY
     from spin.stages import Place
     from spin.stages.compare import gather
 
     place = Place(run_key, store_uri, store_endpoint, tracking_uri, experiment)
     compared = gather(place, arms, iterations, seeds, shards, split)
-    for title, row in compared.index.facts["rows"].items():
-        metrics.log_metric(title, row[PRIMARY]["value"])
+    facts = compared.index.facts
+    for title, row in facts["rows"].items():
+        metrics.log_metric(title, row[facts["primary"]]["value"])
     Path(table.path).write_text(compared.markdown)
-    return compared.index.facts["best_on_validation"]
+    return facts["best_on_validation"]

@@ -14,5 +14,5 @@ def plan(count: int, first: int) -> list[int]:
         first: The first number.
     """
     if count < 1:
-        raise ValueError(f"expected a count of at least 1, got {count}; set iterations and generate_shards")
+        raise ValueError(f"expected a count of at least 1, got {count}; set iterations and the shards")
     return [first + i for i in range(count)]

@@ -1,4 +1,4 @@
-"""score-metrics: draw held-out prompts with a player, score and report."""
+"""score-metrics: draw held-out prompts with a player, or gather what shards drew, score and report."""
 
 from kfp import dsl
 
@@ -9,6 +9,7 @@ from components.settings import RUNTIME_IMAGE
 def score_metrics(
     run_key: str,
     iteration: int,
+    shards: int,
     accelerators: int,
     store_uri: str,
     store_endpoint: str,
@@ -23,6 +24,7 @@ def score_metrics(
     Args:
         run_key: Name of the run in the store.
         iteration: Self-play iteration; 0 is the base model.
+        shards: Number of shards that were drawn before; 1: this task draws.
         accelerators: Accelerators that this task was given; it refuses to start with fewer.
         store_uri: s3://bucket/prefix of runs and objects.
         store_endpoint: Address of the S3 server.
@@ -38,7 +40,8 @@ def score_metrics(
     from spin.stages import Place
     from spin.stages.score import score
 
-    scored = score(Place(run_key, store_uri, store_endpoint, tracking_uri, experiment, accelerators), iteration)
+    place = Place(run_key, store_uri, store_endpoint, tracking_uri, experiment, accelerators)
+    scored = score(place, iteration, shards)
     for name, value in report.scalars(scored.index).items():
         metrics.log_metric(name, value)
     Path(contact_sheet.path).write_text(scored.html)

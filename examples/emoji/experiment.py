@@ -137,7 +137,7 @@ def content(run: Run, values: dict[str, Any], split: Split) -> list[str]:
     ceiling = judge.shows(real, [row.prompt for row in held_out]).mean()
     arms = arms_of(run.key, run.config(), values["arms"], values["iterations"], values["seeds"], prepared.items)
     lines = ["| model | R@1 among 472 | Fréchet distance |", "| --- | --- | --- |"]
-    for row in rows_of(run, arms, values["generate_shards"]):
+    for row in rows_of(run, arms, values["shards"]):
         shown, distances = [], []
         for index in row.scores:
             table = pq.read_table(run.store.get(index.outputs["images"]), filters=[("split", "=", split)])
@@ -189,7 +189,7 @@ def main(
             "seeds": seeds,
             "split": split,
             "overrides": {"score": measured, "generate": {"roundtrip": False}},
-            "generate_shards": 1,
+            "shards": 1,
             "gpu_count": 0,
             **({"base_model": sft_player(servers)} if after_sft else {}),
             "store_uri": "s3://spin",

@@ -14,8 +14,8 @@ from pathlib import Path
 
 ROLES = {
     "pipeline": ["Read:spin", "List:spin", "Write:spin"],
-    # Scores and images, but no models: those are folders.
-    "scorer": ["Read:spin", "List:spin", "Write:spin/objects/*", "Write:spin/runs/*"],
+    # Scores and images, whole and in parts, but no models: those are folders.
+    "scorer": ["Read:spin", "List:spin", *(f"Write:spin/{prefix}/*" for prefix in ("objects", "parts", "runs"))],
     "mlflow": ["Read:mlflow", "List:mlflow", "Write:mlflow"],
 }
 """What each user of the object store may do, in SeaweedFS's words; components/minio/policies says the same in S3's."""

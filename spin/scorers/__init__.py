@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from spin.scorers.clip import Clip
     from spin.weights import Weights
 
-PRIMARY = "clip_score"
-"""The score that decides wins and picks the challenger."""
 GROUP = "spin.scorers"
 """Entry points of this group in any installed package name further scorers: each is a ``load`` like those below."""
 BUILT_IN = {

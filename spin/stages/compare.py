@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from spin import report, tracking
-from spin.comparison import ARMS, Arm, arms_of, begin, best_on_validation, compare, costs, rows_of
+from spin.comparison import ARMS, Arm, arms_of, begin, best, compare, costs, rows_of
 from spin.emoji import Split
 from spin.errors import SpinError
 from spin.run import Clock, Index, Run, producer, whole_iteration, whole_shards
@@ -69,9 +69,11 @@ def gather(
     index = run.find(STAGE, inputs)
     if index is None:
         lines = compare(run, rows, shown)
-        chosen = best_on_validation(compare(run, rows, "validation"))["title"]
+        primary = run.config().score.primary
+        chosen = best(compare(run, rows, "validation"), primary)["title"]
         facts = {
             "split": split,
+            "primary": primary,
             "best_on_validation": chosen,
             "seeds": seeds,
             "rows": {line["title"]: line for line in lines},

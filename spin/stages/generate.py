@@ -75,7 +75,8 @@ def generate(place: Place, iteration: int, shard: int = 0, shards: int = 1) -> I
         "order": [train.seed, train.previous_share, *(train.consumes(k) for k in (iteration, iteration + 1))],
     }
     if config.train.ranks:
-        score = config.score.model_dump(mode="json", include={"clip_model", "template"})
+        judge = {"scorers", "weights", "precision", "clip_model", "template", "styles"}
+        score = config.score.model_dump(mode="json", include=judge)
         inputs["ranked"] = {"draws": config.train.ranked_draws, "score": score}
     with tracking.stage(place, stage, iteration) as log:
         if index := run.find(stage, inputs):
@@ -101,7 +102,7 @@ def _generate(
     import torch
 
     from spin import models
-    from spin.accounting import cost, flops_per_image
+    from spin.accounting import cost, flops_per_image, peak
     from spin.data.dataset import Dataset, Latents
     from spin.memory import room_for
     from spin.sampling import batches, fast_precision, roundtrip, sample_latents, shard_batches
@@ -190,7 +191,7 @@ def _generate(
             outputs[side] = run.store.put_folder(Latents.under(pieces, side).save(work / side, side))
     seconds = round(before + clock.seconds, 2)
     if mine:
-        spent = cost(model.device, precision, flops, total, seconds, accelerators)
+        spent = cost(peak(model.device.type, precision), flops, total, seconds, accelerators)
     index = run.finish(
         Index(
             stage=stage,

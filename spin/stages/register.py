@@ -10,7 +10,6 @@ from spin import gate
 from spin.config import RunConfig
 from spin.errors import SpinError
 from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iteration
-from spin.scorers import PRIMARY
 from spin.stages import Place, logger
 from spin.stages.promote import CHALLENGER, CHAMPION, make_champion
 from spin.stages.train import played, verdict_of
@@ -22,15 +21,14 @@ SCORED, SCORES = "spin.scored", "spin.scores_digest"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A player with its validation score."""
+    """A player with its scores."""
 
     iteration: int
     training: Index
     scores: Index
 
-    @property
-    def validation(self) -> float:
-        return float(self.scores.facts["metrics"]["validation"][PRIMARY]["value"])
+    def validation(self, score: str) -> float:
+        return float(self.scores.facts["metrics"]["validation"][score]["value"])
 
 
 def register(place: Place, model_name: str, iterations: int, policy: Mapping[str, Any] | None = None) -> Index:
@@ -47,9 +45,9 @@ def register(place: Place, model_name: str, iterations: int, policy: Mapping[str
     iterations = whole_iteration(iterations, 1)
     if not model_name or any(sign in model_name for sign in "/:'\""):
         raise SpinError(f"expected a registry name without '/', ':' and quotes, got {model_name!r}; set model_name")
-    asked = gate.policy(dict(policy or {}))
     run = place.open()
     config, clock = run.config(), Clock()
+    asked, primary = gate.policy(dict(policy or {}), config.score), config.score.primary
     prepared = run.need("prepare", "register")
     candidates = [
         Candidate(index.iteration, index, run.need(iteration_stage(index.iteration, "score"), "register"))
@@ -57,7 +55,7 @@ def register(place: Place, model_name: str, iterations: int, policy: Mapping[str
         if verdict_of(index)[0] != "diverged"
     ]
     base = run.need(iteration_stage(0, "score"), "register")
-    best = max(candidates, key=lambda candidate: candidate.validation, default=None)
+    best = max(candidates, key=lambda candidate: candidate.validation(primary), default=None)
     model = best.training.outputs["model"] if best else prepared.outputs["base"]
     inputs: dict[str, Any] = {
         "model_name": model_name,
@@ -89,7 +87,7 @@ def register(place: Place, model_name: str, iterations: int, policy: Mapping[str
             iteration=best.iteration if best else 0,
             inputs=inputs,
             outputs={"model": model},
-            facts=facts | {"chosen_by": f"validation {PRIMARY}"},
+            facts=facts | {"chosen_by": f"validation {primary}"},
             seconds=clock.seconds,
             items=len(candidates),
             producer=producer(),
@@ -157,8 +155,9 @@ def _judge(
     run: Run, asked: gate.Policy, best: Candidate, base: Index, champion: Version | None, challenger: Version | None
 ) -> dict[str, Any]:
     """Return the gate's decision as a fact: against the champion, or the base where there is none."""
+    primary = run.config().score.primary
     if champion is None:
-        decision = gate.decide(asked, _scores(run, best.scores), _scores(run, base), "the base")
+        decision = gate.decide(asked, primary, _scores(run, best.scores), _scores(run, base), "the base")
     else:
         against = f"{CHAMPION} version {champion.number}"
         rival = None
@@ -168,7 +167,7 @@ def _judge(
             reason = f"{against} was scored on other prompts, by another judge or in another store; promote by hand"
             decision = gate.Decision(outcome="incomparable", against=against, reason=reason)
         else:
-            decision = gate.decide(asked, _scores(run, best.scores), _scores(run, rival), against)
+            decision = gate.decide(asked, primary, _scores(run, best.scores), _scores(run, rival), against)
     logger.info("register: the gate's outcome is %s (%s)", decision.outcome, decision.reason)
     return {"gate": decision.model_dump(mode="json")}
 

@@ -113,7 +113,7 @@ def _train(
 ) -> Index:
     beta = config.train.of(iteration)[0]
     from spin import models
-    from spin.accounting import cost, flops_per_pair
+    from spin.accounting import cost, flops_per_pair, peak
     from spin.data.dataset import Dataset, Latents
     from spin.instruments import errors_on_grid, gradient_snr, measure, verdict
     from spin.sampling import fast_precision
@@ -230,7 +230,7 @@ def _train(
             facts=facts | {"verdict": word, "reason": reason},
             seconds=seconds,
             items=items,
-            cost=cost(model.device, trainer.precision, flops, items, seconds, accelerators),
+            cost=cost(peak(model.device.type, trainer.precision), flops, items, seconds, accelerators),
             producer=producer(),
         )
     )

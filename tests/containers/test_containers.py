@@ -139,7 +139,7 @@ def test_the_pipeline_runs_in_containers(runtime: str, laptop_servers: Laptop, t
     params = {
         "run_key": "containers",
         "iterations": 1,
-        "generate_shards": 1,
+        "shards": 1,
         "gpu_count": 0,
         "gpu_node_selector": {},
         "store_uri": "s3://spin/containers",

@@ -32,7 +32,7 @@ def test_arms_are_played_and_compared(laptop_servers: Laptop, tmp_path: Path) ->
         "run_key": "rivals",
         "arms": ARMS,
         "iterations": 2,
-        "generate_shards": 1,
+        "shards": 1,
         "split": "validation",
         "gpu_count": 0,
         "store_uri": "s3://spin/rivals",

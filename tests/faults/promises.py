@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,16 +48,17 @@ def broken(bucket: Bucket) -> list[str]:
         if name.startswith("objects/") and bucket.digest(name) != name.removeprefix("objects/")
     ]
     for name in names:
-        if name.startswith("folders/") and name.count("/") == 1:
+        if re.fullmatch(r"(parts/)?folders/[^/]+\.json", name):
             lines += _listing(bucket, name, names)
         if name.startswith("runs/") and not name.endswith(("/run.json", "/mlflow.json")):
-            lines += [f"{name} names {line}" for ref in _refs(name, bucket.read(name)) for line in _missing(ref, names)]
+            refs = _refs(name, bucket.read(name))
+            lines += [f"{name} names {line}" for ref in refs for line in _missing(name, ref, names)]
     return sorted(lines)
 
 
 def _listing(bucket: Bucket, name: str, names: set[str]) -> Iterator[str]:
     folder, listing = name.removesuffix(".json"), json.loads(bucket.read(name))
-    if f"folders/{digest_of(listing)}" != folder:
+    if digest_of(listing) != folder.rpartition("/")[2]:
         yield f"{name} holds the listing {digest_of(listing)}"
     for path, entry in listing.items():
         if f"{folder}/{path}" not in names:
@@ -72,7 +74,9 @@ def _refs(name: str, data: bytes) -> list[Ref]:
     return list(Index.model_validate(document).outputs.values())
 
 
-def _missing(ref: Ref, names: set[str]) -> Iterator[str]:
+def _missing(document: str, ref: Ref, names: set[str]) -> Iterator[str]:
     name = f"objects/{ref.digest}" if ref.kind == "file" else f"folders/{ref.digest}.json"
+    if "/score" in document and document.endswith(".progress.json"):
+        name = f"parts/{name}"
     if name not in names:
         yield f"{name}, which is not there"

@@ -1,6 +1,16 @@
 """From challenger to champion and back, in a real registry."""
 
+import base64
+import hmac
+import json
+import queue
 import re
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from email.message import Message
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +101,61 @@ def test_a_champion_judged_otherwise_or_elsewhere_cannot_be_compared(registered:
     assert index.facts["gate"]["outcome"] == "incomparable"
     assert index.facts["gate"]["reason"].endswith("promote by hand")
     assert registered.champion() == rival
+
+
+@dataclass
+class Receiver:
+    """A server that keeps what is posted to it."""
+
+    url: str
+    posts: "queue.Queue[tuple[Message, bytes]]"
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    posts: queue.Queue[tuple[Message, bytes]] = queue.Queue()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            posts.put((self.headers, self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield Receiver(f"http://127.0.0.1:{server.server_port}/hooks/champion", posts)
+        server.shutdown()
+
+
+def signature(secret: str, headers: Message, body: bytes) -> str:
+    """Return what docs/registry.md says that ``X-MLflow-Signature`` is."""
+    signed = f"{headers['X-MLflow-Delivery-Id']}.{headers['X-MLflow-Timestamp']}.".encode() + body
+    return "v1," + base64.b64encode(hmac.new(secret.encode(), signed, "sha256").digest()).decode()
+
+
+def test_a_webhook_hears_who_is_champion(registered: Registered, receiver: Receiver) -> None:
+    client = registered.client
+    hook = client.create_webhook("champion", receiver.url, ["model_version_alias.created"], secret="known to both")
+    try:
+        challenger = registered.register(OPEN).facts["version"]
+        promote(registered.uri, registered.name, "the webhook is told")
+        heard = []
+        for _ in range(2):
+            headers, body = receiver.posts.get(timeout=30)
+            assert headers["X-MLflow-Signature"] == signature("known to both", headers, body)
+            assert headers["X-MLflow-Signature"] != signature("guessed", headers, body)
+            assert abs(time.time() - int(headers["X-MLflow-Timestamp"])) < 60
+            post = json.loads(body)
+            assert (post["entity"], post["action"]) == ("model_version_alias", "created")
+            heard.append(post["data"])
+        aliases = ("challenger", "champion")
+        wanted = [{"name": registered.name, "alias": alias, "version": challenger} for alias in aliases]
+        assert sorted(heard, key=lambda data: data["alias"]) == wanted
+    finally:
+        client.delete_webhook(hook.webhook_id)
 
 
 def test_promotion_by_hand_and_the_way_back(registered: Registered) -> None:

@@ -17,6 +17,8 @@ from minio.error import S3Error
 
 from pipelines import laptop
 from spin.errors import SpinError
+from spin.progress import Progress, forget
+from spin.run import Run
 from spin.store import Ref, Store
 
 pytestmark = pytest.mark.integration
@@ -98,6 +100,25 @@ def test_the_scorer_reads_models_and_writes_scores(
     (tmp_path / "scores").write_bytes(b"scores")
     assert scorer.put_file(tmp_path / "scores").digest
     scorer.write_json("runs/a/iteration-001/score.json", {"done": True})
+
+
+def test_the_scorer_keeps_and_removes_parts_of_scores(
+    users: Users, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a score task does it, which a node's end may stop; another stage's parts it may not write."""
+    monkeypatch.setenv("SPIN_CACHE", str(tmp_path / "cache"))
+    run = Run(store(users, "scorer", monkeypatch), "a")
+    (tmp_path / "chunk").mkdir()
+    (tmp_path / "chunk" / "scores.parquet").write_bytes(b"scores")
+
+    Progress(run, "iteration-002/score-0000-of-0001", {}).add(tmp_path / "chunk", 1.0)
+    again = Progress(run, "iteration-002/score-0000-of-0001", {})
+    assert (again.folders[0] / "scores.parquet").read_bytes() == b"scores"
+    forget(run, again.stage)
+    names = {str(item.object_name) for item in users.client("root").list_objects("spin", recursive=True)}
+    assert not [name for name in names if name.startswith("parts/") or "iteration-002" in name]
+    with pytest.raises(SpinError, match="AccessDenied"):
+        Progress(run, "iteration-002/train", {}).add(tmp_path / "chunk", 1.0)
 
 
 def test_the_scorer_writes_no_models(users: Users, model: Ref, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,14 +15,17 @@ from PIL import Image
 import spin.scoring
 from spin.data.dataset import Dataset
 from spin.errors import SpinError
+from spin.measures import estimates
 from spin.prompts import KNOWN, load, stored
+from spin.report import scalars
 from spin.scorers.clip import ClipScore
 from spin.scorers.frechet import Features, frechet_distance
 from spin.scoring import decode_png
 from spin.stages import Place
 from spin.stages.generate import generate
 from spin.stages.prepare import prepare
-from spin.stages.score import score
+from spin.stages.register import register
+from spin.stages.score import score, score_shard
 from spin.stages.train import train
 from spin.weights import digest_of_weights
 from tests import tiny
@@ -69,9 +72,10 @@ def test_scoring_goes_on_where_it_was_killed(world: World, monkeypatch: pytest.M
     monkeypatch.setattr("spin.scoring.draw", draw)
     with pytest.raises(KeyboardInterrupt):
         score(place, 0)
-    progress = world.run("scoring-killed").read_progress("iteration-000/score")
+    progress = world.run("scoring-killed").read_progress("iteration-000/score-0000-of-0001")
     assert progress is not None
     assert len(progress["parts"]) == 2
+    assert world.names("parts/") >= {f"parts/folders/{ref['digest']}.json" for ref in progress["parts"]}
     assert world.run("scoring-killed").find("iteration-000/score") is None
     drawn[:] = [0] * 3
     index = score(place, 0).index
@@ -79,8 +83,75 @@ def test_scoring_goes_on_where_it_was_killed(world: World, monkeypatch: pytest.M
     assert index.outputs == whole.outputs
     assert index.facts == whole.facts
     # What the chunks held is in the outputs now.
-    assert world.run("scoring-killed").read_progress("iteration-000/score") is None
-    assert all(f"folders/{ref['digest']}.json" not in world.names("folders/") for ref in progress["parts"])
+    assert world.run("scoring-killed").read_progress("iteration-000/score-0000-of-0001") is None
+    assert not world.names("parts/") & {f"parts/folders/{ref['digest']}.json" for ref in progress["parts"]}
+
+
+def test_number_of_shards_changes_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same images, scores, features and estimates to the byte; a shard that was killed goes on."""
+    monkeypatch.setattr("spin.scoring.CHUNK", 4)
+    options = {"images_per_prompt": 3, "frechet_model": "emoji"}
+    whole = score(prepared(world, "in-one-shard", **options), 0).index
+    place = prepared(world, "in-three-shards", **options)
+    stages = [f"iteration-000/score-{shard:04d}-of-0003" for shard in range(3)]
+    found = world.run("in-three-shards")
+
+    assert refusal(score, place, 0, 3).startswith(f"expected {stages[0]} with ")
+    write, written = spin.scoring._write, []
+
+    def dies(*arguments: Any) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(write(*arguments))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("spin.scoring._write", dies)
+        with pytest.raises(KeyboardInterrupt):
+            score_shard(place, 0, 2, 3)
+    counts = [score_shard(place, 0, shard, 3) for shard in (2, 0)]
+    assert refusal(score, place, 0, 3).startswith(f"expected {stages[1]} with ")
+    assert found.find("iteration-000/score") is None
+    counts.append(score_shard(place, 0, 1, 3))
+    assert sum(counts) == whole.items
+    assert min(counts) > 4, "every shard has several chunks"
+    monkeypatch.setattr("spin.scoring.draw", None)
+    index = score(place, 0, 3).index
+    assert index.outputs == whole.outputs
+    assert index.facts == whole.facts
+    assert (index.items, index.inputs) == (whole.items, whole.inputs)
+    assert index.cost["flops"] == whole.cost["flops"]
+    assert index.seconds > 0
+    # What the shards held is in the outputs now, and nothing is left to draw.
+    assert all(found.read_progress(stage) is None for stage in stages)
+    assert score_shard(place, 0, 1, 3) == 0
+
+
+def test_more_shards_than_chunks(world: World) -> None:
+    place = prepared(world, "idle-shards")
+    assert [score_shard(place, 0, shard, 4) > 0 for shard in range(4)] == [True, True, False, False]
+    assert score(place, 0, 4).index.outputs == score(prepared(world, "no-idle-shards"), 0).index.outputs
+
+
+def test_shards_with_different_weights_are_not_put_together(world: World, tmp_path: Path) -> None:
+    judge = tmp_path / "judge"
+    shutil.copytree(world.judge, judge)
+    place = prepared(world, "mixed-judges", judge)
+    score_shard(place, 0, 0, 2)
+    (judge / "notes.txt").write_text("another")
+    score_shard(place, 0, 1, 2)
+    line = refusal(score, place, 0, 2)
+    assert line.startswith("expected iteration-000/score-0001-of-0002 scored with the weights of the first shard")
+    for shard in range(2):
+        score_shard(place, 0, shard, 2)
+    assert score(place, 0, 2).index.facts["weights"] == {"clip_score": digest_of_weights(judge)}
+
+
+@pytest.mark.parametrize(
+    ("shard", "shards", "line"),
+    [(2, 2, "expected a shard from 0 to 1, got 2"), (0, 0, "expected at least 1 shard, got 0")],
+)
+def test_a_shard_that_is_none(world: World, shard: int, shards: int, line: str) -> None:
+    assert refusal(score_shard, world.place("any"), 0, shard, shards).startswith(line)
 
 
 def test_other_weights_are_not_put_beside(world: World, tmp_path: Path) -> None:
@@ -112,6 +183,25 @@ def test_a_file_of_prompts_stands_for_the_test_split(world: World, tmp_path: Pat
     assert found["best_of_n"]["clip_score"]["value"] == pytest.approx(values.max(1).mean(), abs=1e-4)
     assert found["by_category"]["two"]["clip_score"]["value"] == pytest.approx(values[1:].mean(), abs=1e-4)
     assert "<b>cat" not in scored.html
+
+
+def test_the_first_scorer_decides(world: World) -> None:
+    scorers = ["style_share", "clip_score"]
+    place = prepared(world, "by-style", scorers=scorers, styles=["red", "blue"])
+    score(place, 0)
+    generate(place, 1)
+    train(place, 1)
+    scored = score(place, 1)
+    facts = scored.index.facts
+    for split in ("validation", "test"):
+        assert facts["metrics"][split]["win_rate"] == facts["win_rates"][split]["base"]["style_share"]
+        assert facts["win_rates"][split]["base"]["style_share"] != facts["win_rates"][split]["base"]["clip_score"]
+    assert "| model | Style share | CLIP score | Win rate over base |" in scored.markdown
+    # What was stored is in another order than what was just made; the reports are the same.
+    assert score(place, 1).markdown == scored.markdown
+    assert list(scalars(scored.index)) == list(scalars(score(place, 1).index)) == [*scorers, "win_rate"]
+    assert estimates(facts) == estimates(score(place, 1).index.facts)
+    assert register(place, "by-style", 1).facts["chosen_by"] == "validation style_share"
 
 
 def test_a_score_that_is_no_number_stops_the_stage(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """What a run leaves in a real MLflow server, and what becomes of it without one."""
 
+import json
 import logging
 import math
 import os
@@ -21,6 +22,7 @@ from mlflow.entities import Run as MlflowRun
 from spin import tracking
 from spin.config import RunConfig
 from spin.errors import SpinError
+from spin.measures import estimates, followed
 from spin.stages.generate import generate
 from spin.stages.register import register
 from spin.stages.score import score
@@ -281,7 +283,24 @@ def test_scores_are_a_table_of_each_stage(client: MlflowClient, world: World, pl
         rows = pq.read_table(world.store().get(played.indexes[f"iteration-00{k}/score"].outputs["scores"]))
         assert logged["columns"] == rows.column_names
         assert len(logged["data"]) == len(rows)
-        assert "scores.json" in run.data.tags["mlflow.loggedArtifacts"]
+        estimated = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/estimates.json")
+        wanted = [list(row.values()) for row in estimates(played.indexes[f"iteration-00{k}/score"].facts)]
+        assert estimated["columns"] == ["split", "kind", "of", "score", "median", "value", "low", "high"]
+        assert [row[:4] for row in estimated["data"]] == [row[:4] for row in wanted]
+        for logged_row, row in zip(estimated["data"], wanted, strict=True):
+            assert logged_row[5:] == pytest.approx(row[5:])
+        assert {"scores.json", "estimates.json"} <= {
+            table["path"] for table in json.loads(run.data.tags["mlflow.loggedArtifacts"])
+        }
+
+
+def test_all_estimates_are_followed_over_iterations(client: MlflowClient, played: Played) -> None:
+    parent = only(client, played.place.run_key, "pipeline")
+    for k in (0, 1, 2):
+        for name, value in followed(played.indexes[f"iteration-00{k}/score"].facts).items():
+            assert (k, pytest.approx(value)) in points(client, parent, name)
+    assert [step for step, _ in points(client, parent, "test.win_rates.iteration 1.clip_score")] == [2]
+    assert [step for step, _ in points(client, parent, "test.median.clip_score")] == [0, 1, 2]
 
 
 def test_pictures_of_a_prompt_are_steps_of_one_key(client: MlflowClient, played: Played) -> None:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from spin.budget import passes, steps_for
-from spin.comparison import ARMS, Row, arms_of, best_on_validation, compare, costs
+from spin.comparison import ARMS, Row, arms_of, best, compare, costs
 from spin.errors import SpinError
 from spin.presets import preset
 from spin.report import comparison
@@ -30,7 +30,7 @@ def scored(folder: Path, name: str, mean: float, seed: int) -> Index:
     pq.write_table(table, folder / f"{name}-{seed}.parquet")
     ref = Ref.model_construct(uri=str(folder / f"{name}-{seed}.parquet"))
     facts = {"metrics": {"test": {"clip_score": {}}}, "prompts": {"test": PROMPTS}, "images_per_prompt": IMAGES}
-    return stage("score", outputs={"scores": ref}, facts=facts)
+    return stage("score", inputs={"config": {"scorers": ["clip_score"]}}, outputs={"scores": ref}, facts=facts)
 
 
 def stage(name: str, **values: Any) -> Index:
@@ -172,10 +172,11 @@ def test_the_report_shows_every_row_and_the_choice(run: Run, rows: list[Row]) ->
     lines = compare(run, rows, "test")
     facts = {
         "split": "test",
+        "primary": "clip_score",
         "seeds": 2,
         "rows": {line["title"]: line for line in lines},
         "costs": {line["title"]: line for line in costs(rows[1:])},
-        "best_on_validation": best_on_validation(lines)["title"],
+        "best_on_validation": best(lines, "clip_score")["title"],
     }
     text = comparison("run", rows[0].scores[0], stage("comparison", facts=facts))
     assert "| spin 1 (best on validation) | 2" in text

@@ -28,7 +28,7 @@ def test_the_parameters_of_the_compiled_file() -> None:
     "params",
     [
         {},
-        {"iterations": 1, "generate_shards": 1, "gpu_count": 0, "run_key": "mine", "gpu_node_selector": {}},
+        {"iterations": 1, "shards": 1, "gpu_count": 0, "run_key": "mine", "gpu_node_selector": {}},
         {"preset": "sd15-lora", "overrides": {"train": {"beta": [3000], "steps": [50, 20]}}},
         {"preset": "sd15-paper", "base_model": "/models/sd15", "data_source": "/data/images", "gpu_tolerations": []},
     ],
@@ -52,7 +52,7 @@ def test_what_is_in_order(params: dict[str, Any]) -> None:
         ({"gpu_tolerations": {}}, "expected LIST for parameter 'gpu_tolerations', got {}; "),
         ({"preset": "emoji"}, "expected preset to be one of emoji-cpu, sd15-paper, sd15-lora, got 'emoji'; "),
         ({"iterations": 0}, "expected iterations of at least 1, got 0; "),
-        ({"generate_shards": -1}, "expected generate_shards of at least 1, got -1; "),
+        ({"shards": -1}, "expected shards of at least 1, got -1; "),
         ({"gpu_count": -1}, "expected gpu_count of at least 0, got -1; "),
         ({"overrides": {"train": {"betta": [1]}}}, "expected a known option, got 'train.betta'; did you mean 'beta'?"),
         ({"overrides": {"trian": {}}}, "expected a known option, got 'trian'; did you mean 'train'?"),

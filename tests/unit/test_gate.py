@@ -4,9 +4,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from spin.config import ScoreConfig
 from spin.errors import SpinError
 from spin.gate import Decision, decide, policy
 from spin.stats import bootstrap
+
+SCORING = ScoreConfig(scorers=("clip_score", "aesthetic"))
 
 
 def scores(split: str = "test", prompts: int = 40, samples: int = 2, **metrics: float) -> pa.Table:
@@ -21,7 +24,7 @@ def scores(split: str = "test", prompts: int = 40, samples: int = 2, **metrics: 
 
 
 def judged(ours: pa.Table, theirs: pa.Table, **options: object) -> Decision:
-    return decide(policy(options), ours, theirs, "the base")
+    return decide(policy(options, SCORING), "clip_score", ours, theirs, "the base")
 
 
 def test_a_better_player_passes() -> None:
@@ -51,9 +54,9 @@ def test_by_how_much() -> None:
 
 
 def test_nothing_may_become_worse() -> None:
-    ours, theirs = scores(clip_score=11.0, safety=0.85), scores(clip_score=10.0, safety=0.9)
-    assert judged(ours, theirs, not_worse={"safety": 0.1}).outcome == "passed"
-    decision = judged(ours, theirs, not_worse={"safety": 0.01})
+    ours, theirs = scores(clip_score=11.0, aesthetic=0.85), scores(clip_score=10.0, aesthetic=0.9)
+    assert judged(ours, theirs, not_worse={"aesthetic": 0.1}).outcome == "passed"
+    decision = judged(ours, theirs, not_worse={"aesthetic": 0.01})
     assert decision.outcome == "failed"
     assert [finding.passed for finding in decision.findings] == [True, False, True]
 
@@ -115,14 +118,20 @@ def test_nan_never_passes() -> None:
         ({"better": {"clip_score": -1}}, "expected better.clip_score to be greater than or equal to 0, got -1"),
         ({"promote": "always"}, "expected promote to be 'recommend' or 'automatic', got 'always' (in gate)"),
         ({"better": 3}, "expected better to be a valid dictionary, got 3 (in gate)"),
+        ({"better": {"clip": 0}}, "expected a score that the run has, got 'clip' (in gate); did you mean"),
+        ({"not_worse": {"hpsv2_0": 0}}, "expected a score that the run has, got 'hpsv2_0' (in gate); known: aesthetic"),
     ],
 )
 def test_a_wrong_policy_is_told(options: dict[str, object], line: str) -> None:
     with pytest.raises(SpinError) as refused:
-        policy(options)
+        policy(options, SCORING)
     assert str(refused.value).startswith(line)
 
 
-def test_a_metric_that_was_not_scored_is_told() -> None:
-    with pytest.raises(SpinError, match=r"^expected a metric that was scored, got 'clip'.+did you mean 'clip_score'\?"):
-        judged(scores(clip_score=1.0), scores(clip_score=1.0), not_worse={"clip": 0})
+def test_the_first_scorer_is_what_the_gate_asks_for() -> None:
+    ours, theirs = scores(clip_score=11.0, aesthetic=5.0), scores(clip_score=10.0, aesthetic=6.0)
+    for first, second, outcome in (("clip_score", "aesthetic", "passed"), ("aesthetic", "clip_score", "failed")):
+        scoring = ScoreConfig(scorers=(first, second))
+        decision = decide(policy({}, scoring), scoring.primary, ours, theirs, "the base")
+        assert (decision.findings[0].name, decision.outcome) == (first, outcome)
+        assert decision.findings[1].value == (outcome == "passed")

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from spin.measures import average, measure, representatives, with_average
+from spin.measures import average, estimates, followed, measure, representatives, with_average
 
 FOUR = ["hpsv2_0", "aesthetic", "image_reward", "pickscore"]
 
@@ -23,8 +23,8 @@ def test_the_average_is_the_papers() -> None:
 
 def test_the_best_of_several_is_chosen_by_the_average() -> None:
     scores = [1.0, 3.0, 2.0, 9.0, 8.0, 7.0]
-    assert representatives(table(scores), 3).tolist() == [1, 3]
-    assert representatives(table(scores, average=[0.0, 1.0, 2.0, 0.0, 0.0, 5.0]), 3).tolist() == [2, 5]
+    assert representatives(table(scores), "clip_score", 3).tolist() == [1, 3]
+    assert representatives(table(scores, average=[0.0, 1.0, 2.0, 0.0, 0.0, 5.0]), "clip_score", 3).tolist() == [2, 5]
 
 
 def test_one_image_and_the_best_of_several() -> None:
@@ -69,3 +69,29 @@ def test_intervals_are_over_prompts() -> None:
     assert {k: five[k] for k in ("value", "low", "high")} == pytest.approx(
         {k: one[k] for k in ("value", "low", "high")}
     )
+
+
+def test_every_estimate_is_a_row_and_is_followed() -> None:
+    mine = table([1.0, 3.0, 2.0, 4.0], ["a", "a", "b", "b"])
+    facts = {kind: {"test": found} for kind, found in measure(mine, {"base": mine}, ["clip_score"], 2, 100).items()}
+    facts["frechet_distance"] = {"test": 7.0}
+    rows = {(row["kind"], row["of"], row["score"]): row for row in estimates(facts)}
+    assert rows.keys() == {
+        *(("metrics", "", name) for name in ("clip_score", "win_rate", "frechet_distance")),
+        *(("best_of_n", "", name) for name in ("clip_score", "win_rate")),
+        ("win_rates", "base", "clip_score"),
+        *(("by_category", category, "clip_score") for category in "ab"),
+    }
+    columns = ("split", "kind", "of", "score", "median", "value", "low", "high")
+    assert {tuple(row) for row in estimates(facts)} == {columns}
+    assert followed(facts) == {
+        "test.clip_score": 2.5,
+        "test.median.clip_score": 2.5,
+        "test.win_rate": 0.5,
+        "test.frechet_distance": 7.0,
+        "test.best_of_n.clip_score": 3.5,
+        "test.best_of_n.win_rate": 0.5,
+        "test.win_rates.base.clip_score": 0.5,
+        "test.by_category.a.clip_score": 2.0,
+        "test.by_category.b.clip_score": 3.0,
+    }

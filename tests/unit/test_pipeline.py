@@ -99,10 +99,14 @@ def test_names_do_not_depend_on_the_compilers_numbers(comparison: Path, numbers:
     loops = ["comp-for-loop-1", "comp-for-loop-1-2", "comp-for-loop-1-3"]
     for old, number in zip(loops, numbers, strict=True):
         shuffled = re.sub(rf"\b{old}(?=:|$)", f"comp-loop-{number}", shuffled, flags=re.MULTILINE)
-    for old, number in zip(["exec-plan", "exec-plan-2", "exec-plan-3"], numbers, strict=True):
+    for old, number in zip(["exec-score-metrics", "exec-score-shard", "exec-spin-train"], numbers, strict=True):
         shuffled = re.sub(rf"\b{old}(?=:|$)", f"exec-other-{number}", shuffled, flags=re.MULTILINE)
     other = list(yaml.safe_load_all(shuffled))
     assert other != [spec, platform]
+    # Of executors that are alike it may also take another, and leave one that nothing uses.
+    executors = other[0]["deploymentSpec"]["executors"]
+    executors["exec-plan-9"] = executors["exec-plan-10"] = executors["exec-plan"]
+    other[0]["components"]["comp-plan-2"]["executorLabel"] = "exec-plan-9"
     number_by_place(*other)
     assert other == [spec, platform]
 
@@ -303,14 +307,20 @@ def test_every_input_of_every_task_is_supplied(documents: list[Spec]) -> None:
     places = [where for where, _ in dags(spec)]
     train = "/condition-branches-1"
     branches = ["", train, f"{train}/condition-2", f"{train}/condition-3"]
+
+    def in_shards(where: str) -> list[str]:
+        return [f"{where}/score-in-shards{inner}" for inner in ("", "/condition-1", "/condition-1/for-loop-2")]
+
     assert places == [
         "root",
+        *in_shards("root"),
         "root/self-play",
         "root/self-play/for-loop-1",
         "root/self-play/for-loop-1/condition-2",
         "root/self-play/for-loop-1/condition-2/spin-iteration",
         "root/self-play/for-loop-1/condition-2/spin-iteration/for-loop-1",
         *(f"root/self-play/for-loop-1/condition-2/spin-iteration/train-player{branch}" for branch in branches),
+        *in_shards("root/self-play/for-loop-1/condition-2/spin-iteration"),
     ]
     reached = {task["componentRef"]["name"] for _, dag in dags(spec) for task in dag["dag"]["tasks"].values()}
     assert reached == set(spec["components"])

@@ -17,6 +17,8 @@ TABLE = {
     "Preflight": ("1", "4Gi", "4Gi", NONE, 0, {STORE, TRACKING}),
     "Require preflight": ("100m", "1Gi", "1Gi", NONE, 0, set()),
     "Prepare data": ("4", "32Gi", "32Gi", GPU, 0, {STORE, TRACKING}),
+    "Plan score shards": ("100m", "256Mi", "256Mi", NONE, 0, set()),
+    "Score shard": ("4", "32Gi", "32Gi", GPU, 3, {SCORE, TRACKING}),
     "Score base": ("4", "32Gi", "32Gi", GPU, 3, {SCORE, TRACKING}),
     "Plan iterations": ("100m", "256Mi", "256Mi", NONE, 0, set()),
     "Continue play": ("500m", "1Gi", "1Gi", NONE, 3, {STORE}),
@@ -128,7 +130,7 @@ def test_the_loop_over_iterations_is_in_order() -> None:
         if "parameterIterator" in task
     }
 
-    assert loops == {"iterations": 1, "shards": None}
+    assert loops == {"iterations": 1, "shards": None, "score shards": None}
 
 
 def test_the_defaults_ask_for_a100s() -> None:

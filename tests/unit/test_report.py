@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from spin.data.dataset import HeldOut
-from spin.report import caption, cell, contact_sheet, decision, markdown, plain, row_name, scalars, table
+from spin.report import caption, cell, contact_sheet, decision, further, markdown, plain, row_name, scalars, table
 from spin.run import Index
 
 EVIL = "<script>alert(1)</script>"
@@ -16,7 +16,7 @@ def row(iteration: int, metrics: dict[str, Any]) -> Index:
     return Index(
         stage=f"iteration-{iteration:03d}/score",
         iteration=iteration,
-        inputs={},
+        inputs={"config": {"scorers": [name for name in metrics if name != "win_rate"]}},
         outputs={},
         facts={"metrics": {"test": metrics, "validation": {}}, "prompts": {"test": 7}, "images_per_prompt": 2},
         seconds=1.0,
@@ -42,13 +42,47 @@ def held_out(count: int, side: int = 64, prompt: str = "cat") -> list[HeldOut]:
 
 
 def test_the_table_by_hand(rows: list[Index]) -> None:
-    assert table(rows) == (
-        ["model", "CLIP score", "Win rate over base"],
-        [
-            ["base", "20.00 [19.75, 20.25]", "-"],
-            ["iteration 1", "21.12 [20.87, 21.37]", "0.500 [0.250, 0.750]"],
-        ],
-    )
+    found = table(rows)
+    assert found.header == ["model", "CLIP score", "Win rate over base"]
+    assert found.body == [
+        ["base", "20.00 [19.75, 20.25]", "-"],
+        ["iteration 1", "21.12 [20.87, 21.37]", "0.500 [0.250, 0.750]"],
+    ]
+    assert further(rows) == []
+
+
+def with_all(iteration: int, category: str = "anime", **rates: Any) -> Index:
+    """Return the scores of a player with everything that can be estimated."""
+    value = float(iteration)
+    index = row(iteration, {"hpsv2_0": estimate(0.27) | {"median": 0.28 + value / 100}})
+    facts = {
+        "best_of_n": {"test": {"hpsv2_0": estimate(0.3 + value / 100)}},
+        "win_rates": {"test": {title: {"hpsv2_0": estimate(rate)} for title, rate in rates.items()}},
+        "by_category": {"test": {category: {"hpsv2_0": estimate(0.29 + value / 100)}}},
+        "frechet_distance": {"test": 12.3456 - value},
+    }
+    return index.model_copy(update={"facts": index.facts | facts})
+
+
+def test_all_that_is_estimated_is_shown() -> None:
+    rows = [with_all(0), with_all(1, base=0.75)]
+    assert table(rows).header == ["model", "HPSv2.0", "Fréchet distance"]
+    assert [line[-1] for line in table(rows).body] == ["12.346", "11.346"]
+    medians, best, rates, categories = further(rows)
+    assert (medians.title, medians.body) == ("Medians", [["base", "0.2800"], ["iteration 1", "0.2900"]])
+    assert (best.title, best.body[1]) == ("Best of 2", ["iteration 1", "0.3100 [0.0600, 0.5600]"])
+    assert (rates.title, rates.header) == ("Win rates of iteration 1", ["iteration 1", "HPSv2.0"])
+    assert rates.body == [["over base", "0.750 [0.500, 1.000]"]]
+    assert (categories.title, categories.header) == ("HPSv2.0 by category", ["category", "base", "iteration 1"])
+    assert categories.body == [["anime", "0.2900 [0.0400, 0.5400]", "0.3000 [0.0500, 0.5500]"]]
+    lines = markdown("r", rows, [("improved", "well")]).splitlines()
+    for title in ("Medians", "Best of 2", "Win rates of iteration 1", "HPSv2.0 by category"):
+        assert f"## {title}" in lines
+    assert scalars(rows[1]) == {"hpsv2_0": 0.27, "frechet_distance": pytest.approx(11.3456)}
+
+
+def test_a_category_is_text() -> None:
+    assert EVIL not in markdown("r", [with_all(0, EVIL)], [])
 
 
 def test_markdown(rows: list[Index]) -> None:
@@ -68,8 +102,8 @@ def test_markdown_says_what_it_took(rows: list[Index]) -> None:
     phase = {"seconds": 61.4, "items": 512, "mfu": 0.487, "accelerator_hours": 0.25}
     line = {"title": "iteration 1", "generate": phase, "train": phase, "score": {**phase, "mfu": None}}
     lines = markdown("run-1", rows, [("improved", "error -2.0 %")], [line]).splitlines()
-    assert "| iteration 1 | 61 s, 512 | 61 s, 512 | 61 s, 512 | 49 % / 49 % / - | 0.500 |" in lines
-    assert lines[-1] == "- iteration 1: **improved**, error -2.0 %"
+    assert lines[-1] == "| iteration 1 | 61 s, 512 | 61 s, 512 | 61 s, 512 | 49 % / 49 % / - | 0.500 |"
+    assert "- iteration 1: **improved**, error -2.0 %" in lines
 
 
 def test_cells_and_names() -> None:

@@ -14,7 +14,7 @@ from spin.__main__ import app
 from spin.config import ScoreConfig
 from spin.errors import SpinError
 from spin.presets import preset, resolve
-from spin.scorers import BUILT_IN, PRIMARY, Setting, load, load_all, names, scored
+from spin.scorers import BUILT_IN, Setting, load, load_all, names, scored
 from spin.scorers import verify as module
 from spin.weights import Part, Weights
 from tests import reference
@@ -84,9 +84,8 @@ def test_an_outside_package_adds_one(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ("options", "message"),
     [
         ({"scorers": ["clip_score", "pickscor"]}, "expected a scorer, got 'pickscor'; did you mean 'pickscore'?"),
-        ({"scorers": [PRIMARY, PRIMARY]}, "expected each scorer once"),
-        ({"scorers": ["pickscore"]}, "expected clip_score among the scorers"),
-        ({"scorers": [PRIMARY, "style_share"], "styles": []}, "expected score.styles for style_share"),
+        ({"scorers": ["clip_score", "clip_score"]}, "expected each scorer once"),
+        ({"scorers": ["clip_score", "style_share"], "styles": []}, "expected score.styles for style_share"),
         ({"scorers": []}, "expected score.scorers to have at least 1 item"),
         ({"weights": {"pickscor": {"source": "x"}}}, "expected a scorer, got 'pickscor'"),
         ({"weights": {"pickscore": {"source": "x", "digests": "y"}}}, "did you mean 'digest'?"),
@@ -98,6 +97,12 @@ def test_options_that_are_refused(options: dict[str, object], message: str) -> N
         resolve("sd15-lora", "", "", {"score": options})
     assert message in str(caught.value).replace("Tuple should", "expected score.scorers to").replace("to to", "to")
     assert "\n" not in str(caught.value)
+
+
+def test_the_first_scorer_is_the_primary_one() -> None:
+    assert resolve("emoji-cpu", "", "", {}).score.primary == "clip_score"
+    scorers = ["style_share", "clip_score"]
+    assert resolve("emoji-cpu", "", "", {"score": {"scorers": scorers}}).score.primary == "style_share"
 
 
 @pytest.mark.parametrize(
