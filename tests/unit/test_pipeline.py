@@ -319,8 +319,8 @@ def test_every_input_of_every_task_is_supplied(documents: list[Spec]) -> None:
         "root/self-play/for-loop-1/condition-2",
         "root/self-play/for-loop-1/condition-2/spin-iteration",
         "root/self-play/for-loop-1/condition-2/spin-iteration/for-loop-1",
-        *(f"root/self-play/for-loop-1/condition-2/spin-iteration/train-player{branch}" for branch in branches),
         *in_shards("root/self-play/for-loop-1/condition-2/spin-iteration"),
+        *(f"root/self-play/for-loop-1/condition-2/spin-iteration/train-player{branch}" for branch in branches),
     ]
     reached = {task["componentRef"]["name"] for _, dag in dags(spec) for task in dag["dag"]["tasks"].values()}
     assert reached == set(spec["components"])
