@@ -6,3 +6,7 @@ class SpinError(Exception):
 
     The command line prints it without a traceback and exits with code 2. Nothing half-written is left behind.
     """
+
+
+class DamagedError(SpinError):
+    """What the store should hold is missing, or is not what its digest says: asking again will not help."""

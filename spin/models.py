@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spin.errors import SpinError
 from spin.families import Conditioning, Denoiser, Family, family_of, latents_per_step
+from spin.memory import is_full, room_for
 
 COMPILE_FROM = 2048
 """Images or pairs from which compiling, a minute or two on a GPU, repays itself."""
@@ -279,12 +280,17 @@ def load(folder: Path, device: torch.device | None = None) -> Model:
     check(folder)
     family, index = read_index(folder)
     device = device or best_device()
-    try:
-        parts = {name: _part(folder / name, kind) for name, kind in family.parts_of(index).items()}
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SpinError(f"expected a loadable diffusers pipeline, got {folder} ({reason}); export it again") from None
-    return assemble(family, index, parts, scheduler_config(folder), device)
+    with room_for("the model", "give the task more memory,"):
+        try:
+            parts = {name: _part(folder / name, kind) for name, kind in family.parts_of(index).items()}
+        except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
+            if is_full(error):
+                raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise SpinError(
+                f"expected a loadable diffusers pipeline, got {folder} ({reason}); export it again"
+            ) from None
+        return assemble(family, index, parts, scheduler_config(folder), device)
 
 
 def assemble(

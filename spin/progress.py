@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spin.errors import SpinError
+from spin.errors import DamagedError, SpinError
 from spin.run import Run
 from spin.store import Ref, Store, digest_of
 
@@ -45,7 +45,7 @@ class Progress:
         if known and known["inputs"] == self._identity:
             try:
                 self.folders = [self._store.get(part) for part in self._stale]
-            except SpinError as error:
+            except DamagedError as error:
                 logger.warning("%s: starting anew, what it had cannot be read (%s)", stage, error)
             else:
                 self.parts, self._stale = self._stale, []
@@ -79,6 +79,11 @@ class Progress:
         if self.run.find(self._whole, self._inputs):
             # Another process has finished the stage, and removed the parts that both began from.
             discard(self._store, parts)
+            return
+        known = self.run.read_progress(self.stage)
+        theirs = [part for part in parts_of(known) if part not in self._stale and part not in parts]
+        if known and theirs and known["inputs"] == self._identity and len(known["parts"]) > len(parts):
+            # Another process has come further; what it has counts, unless this one overtakes it.
             return
         self.run.write_progress(self.stage, value)
         stale, self._stale = self._stale, []

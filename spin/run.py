@@ -215,7 +215,7 @@ class Run:
         Those of scores are below ``parts/``: who scores may write there, and not where models and checkpoints are.
         """
         scores = stage.rpartition("/")[2].startswith("score")
-        return Store(f"{self.store.uri}/parts", self.store.endpoint) if scores else self.store
+        return self.store.below("parts") if scores else self.store
 
     def put_part(self, stage: str, attempt: str, folder: Path) -> Ref:
         """Store what an unfinished stage has so far, as an object of this run, stage and attempt alone.

@@ -244,7 +244,8 @@ def _write(
 ) -> None:
     """Write scores and images of one chunk, and the features of each prompt's first image."""
     texts = [row.prompt for row, _ in jobs]
-    scores = {scorer.name: scored(scorer, images, texts).tolist() for scorer in scorers}
+    with room_for("the scorers beside the player", "set score.precision, or ask for fewer in score.scorers,"):
+        scores = {scorer.name: scored(scorer, images, texts).tolist() for scorer in scorers}
     if AVERAGE in with_average(list(scores)):
         scores[AVERAGE] = average(scores)
     place: dict[str, list[Any]] = {

@@ -30,10 +30,11 @@ from typing import Any, Literal
 import urllib3
 from minio import Minio
 from minio.error import InvalidResponseError, S3Error, ServerError
+from minio.helpers import DictType
 from pydantic import BaseModel, ConfigDict
 
 from spin.disk import room_in
-from spin.errors import SpinError
+from spin.errors import DamagedError, SpinError
 
 SOON = urllib3.Retry(total=4, backoff_factor=0.5, status_forcelist=[500, 502, 503, 504])
 """Until the server has answered once: a wrong address is refused within seconds."""
@@ -44,7 +45,7 @@ ARRIVALS = (1.0, 4.0, 10.0)
 FULL = ("InsufficientStorage", "QuotaExceeded", "XMinioAdminBucketQuotaExceeded", "XMinioStorageFull")
 MOST_SECONDS_APART = 5 * 60
 """Servers refuse requests whose clock is 5 to 15 minutes off."""
-TAKEN = ("PreconditionFailed", "ConditionalRequestConflict")
+TAKEN, CONFLICT = "PreconditionFailed", "ConditionalRequestConflict"
 PART_BYTES = 64 * 2**20
 """Larger files go up in parts of this size."""
 ENDPOINT = re.compile(r"(?P<scheme>(?i:https?))://(?P<host>(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>\d{1,5}))?)/?")
@@ -224,6 +225,12 @@ class Store:
                 )
         self._client = self._connect(PATIENT)
 
+    def below(self, folder: str) -> "Store":
+        """Return the store in a folder of this one, over the same connections."""
+        inner = Store(f"{self.uri}/{folder}", self.endpoint)
+        inner._client = self._client
+        return inner
+
     def probe(self) -> float:
         """Put, read back and remove a small object; return how far the server's clock is ahead of this one, in seconds.
 
@@ -312,20 +319,24 @@ class Store:
         A server that knows no condition on writes lets the last one win.
         """
         data = json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode()
+        headers: DictType = {"Content-Type": "application/json", "If-None-Match": "*"}
+        pauses = iter(ARRIVALS)
         with self._errors():
-            try:
-                # The client has no public way to make a condition.
-                self._client._put_object(
-                    self.bucket, self.prefix + key, data, {"Content-Type": "application/json", "If-None-Match": "*"}
-                )
-            except S3Error as error:
-                if error.code == "NotImplemented":
-                    self.write_json(key, value)
+            while True:
+                try:
+                    # The client has no public way to make a condition.
+                    self._client._put_object(self.bucket, self.prefix + key, data, headers)
                     return True
-                if error.code not in TAKEN:
-                    raise
-                return False
-        return True
+                except S3Error as error:
+                    if error.code == "NotImplemented":
+                        self.write_json(key, value)
+                        return True
+                    if error.code == TAKEN:
+                        return False
+                    # A conflict says nothing of who was first.
+                    if error.code != CONFLICT or (pause := next(pauses, None)) is None:
+                        raise
+                    time.sleep(pause)
 
     def remove_json(self, key: str) -> None:
         """Remove the JSON document at ``key``, if there is one."""
@@ -496,5 +507,5 @@ class Store:
             if not word:
                 return
             if pause is None:
-                raise SpinError(word)
+                raise DamagedError(word)
             time.sleep(pause)

@@ -117,7 +117,7 @@ def _find_or_create(client: Any, place: Place, experiment: str, stage: str, tags
         return next(iter(client.search_runs([experiment], where, order_by=oldest, max_results=1)), None)
 
     if found := find():
-        return found
+        return _agreed(client, place, found) or found if stage == PARENT else found
     name = place.run_key if stage == PARENT else stage
     made = client.create_run(experiment, run_name=name, tags={RUN_KEY: place.run_key, STAGE: stage, **tags})
     # Shards that find none at once make one each.
@@ -127,7 +127,7 @@ def _find_or_create(client: Any, place: Place, experiment: str, stage: str, tags
     return first
 
 
-def _agreed(client: Any, place: Place, made: Any) -> Any:
+def _agreed(client: Any, place: Place, known: Any) -> Any:
     """Return the parent that counts, of those that several stages have made at once: the store lets one be first.
 
     MLflow alone cannot say: a run that was begun earlier may come into view later. ``None``: the first one is of a
@@ -136,12 +136,12 @@ def _agreed(client: Any, place: Place, made: Any) -> Any:
     from mlflow.exceptions import MlflowException
 
     try:
-        run = client.get_run(place.open().agreed("mlflow", made.info.run_id))
+        run = client.get_run(place.open().agreed("mlflow", known.info.run_id))
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return None
         raise
-    same = run.info.experiment_id == made.info.experiment_id and run.info.lifecycle_stage == "active"
+    same = run.info.experiment_id == known.info.experiment_id and run.info.lifecycle_stage == "active"
     return run if same else None
 
 

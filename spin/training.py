@@ -521,7 +521,8 @@ class Trainer:
         """
         if resume_from is not None:
             denoiser = self.accelerator.unwrap_model(self.player)
-            state = checkpoint.load(resume_from, denoiser, self.optimizer.optimizer, self.average)
+            with room_for("the optimizer's moments", FEWER):
+                state = checkpoint.load(resume_from, denoiser, self.optimizer.optimizer, self.average)
             self.step, self.history, self.drift = state["step"], state["history"], state["drift"]
             if selection:
                 selection.load(resume_from)
