@@ -12,7 +12,7 @@ from urllib3.exceptions import NewConnectionError
 
 from pipelines.laptop import Laptop
 from spin.errors import SpinError
-from spin.store import PATIENT, Store
+from spin.store import ARRIVALS, PATIENT, Store
 from tests.faults.promises import Bucket, broken
 from tests.faults.proxy import Answer, Fault, Hidden, Proxy, Request, after, cut, first, flip, flip_upload, says, slow
 
@@ -30,6 +30,8 @@ def proxy(laptop_servers: Laptop) -> Iterator[Proxy]:
 @pytest.fixture
 def store(proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.setenv("SPIN_CACHE", str(tmp_path / "cache"))
+    # Other tests, where nothing arrives late, do not wait.
+    monkeypatch.setattr("spin.store.ARRIVALS", ARRIVALS)
     store = Store(f"s3://spin/faulty-{next(NUMBER)}", proxy.endpoint)
     store.check()
     return store
