@@ -131,8 +131,8 @@ def check_parameters(package: Path, params: Mapping[str, Any]) -> None:
         if (choices := known[name].get("literals")) and value not in choices:
             raise SpinError(f"expected {name} to be one of {', '.join(choices)}, got {value!r}; choose one")
     full: dict[str, Any] = {name: value.get("defaultValue") for name, value in known.items()} | dict(params)
-    for name, least in (("iterations", 1), ("shards", 1), ("gpu_count", 0)):
-        if full[name] < least:
+    for name, least in (("iterations", 1), ("shards", 1), ("gpu_count", 0), ("train_nodes", 1)):
+        if name in full and full[name] < least:
             raise SpinError(f"expected {name} of at least {least}, got {full[name]}; raise it")
     from spin.presets import resolve
 

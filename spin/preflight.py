@@ -320,7 +320,7 @@ def _nodes(need: Need, train_nodes: int) -> str:
 
 def _trainer() -> str:
     if not cluster.inside():
-        raise _Skip("not in a cluster")
+        raise SpinError("expected a cluster for train_nodes above 1, got none; set train_nodes to 1, or KUBECONFIG")
     cluster.Cluster().need_trainer()
     return f"there, with {cluster.RUNTIME}"
 

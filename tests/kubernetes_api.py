@@ -92,6 +92,7 @@ class Trainer:
         self.jobs: dict[str, dict[str, Any]] = {}
         self.pods: dict[str, dict[str, Any]] = {}
         self.logs: dict[str, list[str]] = {}
+        self.log_status = 200
         self.asked: list[tuple[str, str]] = []
         launcher = {"containers": [{"name": "wait", "image": "argo"}, {"name": "main", "image": "spin:1"}]}
         self.pods["launcher"] = {"metadata": {"name": "launcher", "uid": "uid-1"}, "spec": launcher}
@@ -144,6 +145,8 @@ class Trainer:
             if name not in self.pods:
                 return 404, _status(404, f'pods "{name}" not found')
             if part == "log":
+                if self.log_status != 200:
+                    return self.log_status, _status(self.log_status, f'container "node" in pod "{name}" has no log')
                 lines = [f"2026-01-01T00:00:00.{n:09d}Z {line}" for n, line in enumerate(self.logs.get(name, []), 1)]
                 return 200, "".join(f"{line}\n" for line in lines[-int(query.get("tailLines", len(lines) or 1)) :])
             return 200, self.pods[name]

@@ -37,14 +37,11 @@ def spin_train(
     from pathlib import Path
 
     from spin.stages import Place
-    from spin.stages.train import measures_of, train, verdict_of
+    from spin.stages.train import measures_of, metadata_of, train
 
     place = Place(run_key, store_uri, store_endpoint, tracking_uri, experiment, accelerators)
     index = train(place, iteration, shards)
-    verdict, reason = verdict_of(index)
-    model.metadata.update(
-        index.outputs["model"].model_dump() | {"iteration": iteration, "verdict": verdict, "reason": reason}
-    )
+    model.metadata.update(metadata_of(index))
     Path(model.path).write_text(index.model_dump_json())
     for name, value in measures_of(index).items():
         metrics.log_metric(name, value)

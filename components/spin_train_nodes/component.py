@@ -52,16 +52,13 @@ def spin_train_nodes(
 
     from spin.stages import Place
     from spin.stages.launch import train_on_nodes
-    from spin.stages.train import measures_of, verdict_of
+    from spin.stages.train import measures_of, metadata_of
     from spin.trainjob import PodSettings
 
     place = Place(run_key, store_uri, store_endpoint, tracking_uri, experiment)
     settings = PodSettings(pod.resources or {}, pod.env or (), pod.node_selector, pod.tolerations or ())
     index = train_on_nodes(place, iteration, shards, nodes, accelerators, settings)
-    verdict, reason = verdict_of(index)
-    model.metadata.update(
-        index.outputs["model"].model_dump() | {"iteration": iteration, "verdict": verdict, "reason": reason}
-    )
+    model.metadata.update(metadata_of(index))
     Path(model.path).write_text(index.model_dump_json())
     for name, value in measures_of(index).items():
         metrics.log_metric(name, value)

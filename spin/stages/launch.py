@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from spin.cluster import Cluster, ClusterAwayError, inside
+from spin.cluster import Cluster, ClusterAwayError, inside, namespace
 from spin.errors import SpinError
 from spin.processes import LOOK_ABOVE
-from spin.run import Index
+from spin.run import Index, whole_iteration, whole_shards
 from spin.stages import Place, logger
 from spin.stages.train import asked_to_stop, train
 from spin.trainjob import CONTAINER, PodSettings, document, failure, goes_on, name_of, node_of, owners, state, waiting
@@ -47,6 +47,8 @@ def launch(place: Place, iteration: int, shards: int, nodes: int, accelerators: 
     Raises:
         SpinError, SystemExit: as ``train_on_nodes``.
     """
+    iteration, shards = whole_iteration(iteration, 1), whole_shards(shards)
+    nodes, accelerators = int(nodes), int(accelerators)
     if not inside() or not settings.resources:
         raise SpinError(
             f"expected Kubeflow Pipelines 2.15 or newer to tell what pods on {nodes} nodes are to have, got no such "
@@ -72,24 +74,26 @@ def launch(place: Place, iteration: int, shards: int, nodes: int, accelerators: 
         _follow(cluster, name, nodes, stop)
 
 
-def _begin(cluster: Cluster, wanted: dict[str, Any], launcher: dict[str, Any], stop: Callable[[], bool]) -> None:
+def _begin(cluster: Cluster, wanted: dict[str, Any], launcher: dict[str, Any], stop: Callable[..., bool]) -> None:
     """Create the TrainJob, unless one is on its way; one that has ended, or is another, goes first."""
     name, nodes = wanted["metadata"]["name"], wanted["spec"]["trainer"]["numNodes"]
     until = time.monotonic() + SECONDS_TO_GO
+    # Kubeflow Pipelines kills a task without a signal that reaches this process, and keeps the pod that owns the nodes.
+    end = f"if it outlives its task: kubectl -n {namespace()} delete trainjob {name}"
     while time.monotonic() < until:
         if stop():
             raise SystemExit(128 + signal.SIGTERM)
         if cluster.create_train_job(wanted):
-            logger.info("TrainJob %s: created, %d nodes", name, nodes)
+            logger.info("TrainJob %s: created, %d nodes; %s", name, nodes, end)
             return
         found = cluster.train_job(name)
         if found and goes_on(found, wanted):
             cluster.own_train_job(name, owners(launcher))
-            logger.info("TrainJob %s: found under way, %d nodes", name, nodes)
+            logger.info("TrainJob %s: found under way, %d nodes; %s", name, nodes, end)
             return
         if found and "deletionTimestamp" not in found["metadata"]:
             cluster.delete_train_job(name)
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        stop(SECONDS_BETWEEN_LOOKS)
     raise SpinError(
         f"expected the TrainJob {name} of an earlier attempt to go within {SECONDS_TO_GO:.0f} s, got it still there; "
         "see what holds its pods"
@@ -103,10 +107,12 @@ class _Told:
     state: str = ""
     waiting: dict[int, str] = field(default_factory=dict)
     lines_until: dict[str, str] = field(default_factory=dict)
+    heard: float = 0.0
+    """When lines were last read, by the monotonic clock."""
     failures: dict[str, str] = field(default_factory=dict)
 
 
-def _follow(cluster: Cluster, name: str, nodes: int, stop: Callable[[], bool]) -> None:
+def _follow(cluster: Cluster, name: str, nodes: int, stop: Callable[..., bool]) -> None:
     told, seen = _Told(), time.monotonic()
     while True:
         if stop():
@@ -125,12 +131,12 @@ def _follow(cluster: Cluster, name: str, nodes: int, stop: Callable[[], bool]) -
                 told.state = word
                 logger.info("TrainJob %s: %s", name, f"{word}, {why}" if why else word)
             pods = sorted(cluster.pods_of(name), key=lambda pod: pod["metadata"]["creationTimestamp"])
-            _tell(cluster, pods, told, time.monotonic() - seen)
+            _tell(cluster, pods, told)
         except ClusterAwayError as error:
             if time.monotonic() - seen > SECONDS_AWAY:
                 raise
             logger.info("TrainJob %s: %s", name, error)
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+            stop(SECONDS_BETWEEN_LOOKS)
             continue
         seen = time.monotonic()
         if word in ("Complete", "Failed"):
@@ -138,17 +144,21 @@ def _follow(cluster: Cluster, name: str, nodes: int, stop: Callable[[], bool]) -
             if word == "Complete":
                 return
             raise SpinError(_reason(name, nodes, why, told))
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        stop(SECONDS_BETWEEN_LOOKS)
 
 
-def _tell(cluster: Cluster, pods: list[dict[str, Any]], told: _Told, since: float) -> None:
+def _tell(cluster: Cluster, pods: list[dict[str, Any]], told: _Told) -> None:
     """Print what is new in the first node's log, and say which nodes wait or have failed."""
     firsts = [pod for pod in pods if node_of(pod) == 0]
     if firsts and firsts[-1].get("status", {}).get("phase") in ("Running", "Succeeded", "Failed"):
         pod = firsts[-1]["metadata"]["name"]
         last = told.lines_until.get(pod, "")
         # Some seconds more, for clocks that differ; what has been printed is left out by its time.
-        for line in cluster.log(pod, CONTAINER, seconds=int(since) + 60 if last else 0):
+        began = time.monotonic()
+        lines = _log(cluster, pod, seconds=int(began - told.heard) + 60 if last else 0)
+        if lines:
+            told.heard = began
+        for line in lines:
             when, _, text = line.partition(" ")
             if when > last:
                 print(text, flush=True)
@@ -160,13 +170,22 @@ def _tell(cluster: Cluster, pods: list[dict[str, Any]], told: _Told, since: floa
             told.waiting[node] = why
             logger.info("node %d: %s", node, f"waits, {why}" if why else "has started")
         if (fault := failure(pod)) and name not in told.failures:
-            lines = [line.partition(" ")[2] for line in cluster.log(pod["metadata"]["name"], CONTAINER, lines=200)]
+            lines = [line.partition(" ")[2] for line in _log(cluster, name, lines=200)]
             errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
             told.failures[name] = f"node {node}: {errors[-1] if errors else fault}"
             logger.info("node %d: failed, %s", node, fault)
             if node:
                 # The first node's lines have been printed already.
                 sys.stdout.writelines(f"node {node}: {line}\n" for line in lines[-LINES_SHOWN:])
+
+
+def _log(cluster: Cluster, pod: str, **options: int) -> list[str]:
+    """Return a node's log as ``Cluster.log`` does; none where it cannot be read: its end is told all the same."""
+    try:
+        return cluster.log(pod, CONTAINER, **options)
+    except SpinError as error:
+        logger.info("%s: %s", pod, error)
+        return []
 
 
 def _reason(name: str, nodes: int, why: str, told: _Told) -> str:

@@ -7,15 +7,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from spin import tracking
 from spin.config import RunConfig
 from spin.disk import scratch
+from spin.errors import SpinError
 from spin.processes import joined, node_count, rank, spread
 from spin.progress import Progress, forget
 from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iteration, whole_shards
@@ -76,7 +78,12 @@ def train(
         forget(run, stage)
         logger.info("iteration %d: training complete, player %s", iteration, index.outputs["model"].digest[:12])
     elif elsewhere:
-        elsewhere()
+        try:
+            elsewhere()
+        except SpinError:
+            # Where no node has started, nobody else tells.
+            with tracking.stage(place, stage, iteration):
+                raise
         index = run.need(stage, "the end of training")
     elif processes * node_count() > 1 and not joined():
         spread(processes, train, place, iteration, shards, processes)
@@ -245,25 +252,32 @@ def told(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
 
 
 @contextmanager
-def asked_to_stop() -> Iterator[Callable[[], bool]]:
+def asked_to_stop() -> Iterator[Callable[..., bool]]:
     """Give a function that tells whether SIGTERM has come: a pod is being evicted. Outside a main thread it never has.
+
+    Its argument is the seconds to wait for the signal, by default 0; when it comes, they are over.
 
     The signal must reach this process: a launcher in between that dies of it takes its children along, and then
     ``checkpoint_every`` is what bounds the loss. Kubernetes grants 30 seconds by default: enough for a micro-batch and
     a small checkpoint, not for that of a whole SD-1.5 (10 GB).
     """
+    # Not an Event: a handler that comes while its lock is held, by this very thread, would wait for ever.
+    signals: SimpleQueue[int] = SimpleQueue()
     asked = False
 
-    def note(*_: object) -> None:
+    def stop(seconds: float = 0) -> bool:
         nonlocal asked
-        asked = True
+        if not asked:
+            with suppress(Empty):
+                asked = bool(signals.get(timeout=seconds))
+        return asked
 
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield stop
         return
-    before = signal.signal(signal.SIGTERM, note)
+    before = signal.signal(signal.SIGTERM, lambda number, _: signals.put(number))
     try:
-        yield lambda: asked
+        yield stop
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -271,6 +285,12 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
 def verdict_of(index: Index) -> tuple[str, str]:
     """Return verdict and reason of a training stage."""
     return index.facts["verdict"], index.facts["reason"]
+
+
+def metadata_of(index: Index) -> dict[str, Any]:
+    """Return what a player's artifact says of it: where its model is, and the verdict on its iteration."""
+    verdict, reason = verdict_of(index)
+    return index.outputs["model"].model_dump() | {"iteration": index.iteration, "verdict": verdict, "reason": reason}
 
 
 def measures_of(index: Index) -> dict[str, float]:

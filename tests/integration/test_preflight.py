@@ -82,6 +82,12 @@ def test_outside_a_cluster_it_says_so(check: Callable[..., Report]) -> None:
     assert "| disk | ✓ ok |" in report.markdown
 
 
+def test_several_nodes_need_a_cluster(check: Callable[..., Report]) -> None:
+    said = only(check(gpu_count=0, train_nodes=2), "Kubeflow Trainer")
+
+    assert said == "expected a cluster for train_nodes above 1, got none -> set train_nodes to 1, or KUBECONFIG"
+
+
 def only(report: Report, name: str) -> str:
     """Return what the one failed check says; it also says what to do, and stops the run."""
     faults = failed(report)
@@ -228,7 +234,10 @@ def test_too_few_nodes_to_train_on(check: Callable[..., Report]) -> None:
 
 
 def test_a_batch_that_the_nodes_cannot_share(check: Callable[..., Report]) -> None:
-    assert "micro_batch_size x processes" in only(check(gpu_count=0, train_nodes=5), "options")
+    # Outside a cluster there are no nodes either, which is said too.
+    faults = failed(check(gpu_count=0, train_nodes=5))
+    assert set(faults) == {"options", "Kubeflow Trainer"}
+    assert "micro_batch_size x processes" in f"{faults['options'].found} {faults['options'].do}"
     assert "set train_nodes" in only(check(gpu_count=0, train_nodes=0), "options")
 
 

@@ -248,6 +248,23 @@ def test_resumed_training_continues_its_curve(
     assert [step for step, _ in points(client, run, "loss")] == [1, 2, 3, 4, 5]
 
 
+def test_nodes_that_do_not_start_are_told_of(client: MlflowClient, world: World) -> None:
+    place = world.place("no-node", world.servers.mlflow_uri)
+    world.prepare(place, objective="sft")
+
+    def refused() -> None:
+        raise SpinError("expected Kubeflow Trainer, got none; install it")
+
+    with pytest.raises(SpinError, match="expected Kubeflow Trainer"):
+        train(place, 1, elsewhere=refused)
+    run = only(client, "no-node", "iteration-001/train")
+    assert (run.info.status, run.data.tags["spin.failure"]) == (
+        "FAILED",
+        "expected Kubeflow Trainer, got none; install it",
+    )
+    assert only(client, "no-node", "pipeline").info.status == "FAILED"
+
+
 def test_an_evicted_stage_is_killed_not_failed(
     client: MlflowClient, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

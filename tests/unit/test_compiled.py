@@ -54,6 +54,7 @@ def test_what_is_in_order(params: dict[str, Any]) -> None:
         ({"iterations": 0}, "expected iterations of at least 1, got 0; "),
         ({"shards": -1}, "expected shards of at least 1, got -1; "),
         ({"gpu_count": -1}, "expected gpu_count of at least 0, got -1; "),
+        ({"train_nodes": 0}, "expected train_nodes of at least 1, got 0; "),
         ({"overrides": {"train": {"betta": [1]}}}, "expected a known option, got 'train.betta'; did you mean 'beta'?"),
         ({"overrides": {"trian": {}}}, "expected a known option, got 'trian'; did you mean 'train'?"),
         ({"overrides": {"train": 5}}, "expected a mapping of options under train, got 5; "),
@@ -68,6 +69,12 @@ def test_what_is_not(params: dict[str, Any], expected: str) -> None:
         check_parameters(PACKAGE, params)
 
     assert expected in refusal(error)
+
+
+def test_only_what_a_pipeline_has_is_looked_at() -> None:
+    comparison = PACKAGE.with_name("spin-comparison.yaml")
+    assert "train_nodes" not in parameters_of(comparison)
+    check_parameters(comparison, {})
 
 
 def test_a_parameter_file(tmp_path: Path) -> None:

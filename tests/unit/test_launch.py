@@ -1,7 +1,10 @@
 """A TrainJob from creation to end, on an API server over HTTP that checks it against Trainer's published API."""
 
+import logging
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,6 +160,27 @@ def test_what_kubernetes_says_is_told_too(tmp_path: Path, play: list[Step], expe
         assert f"got {expected}" in refusal()
 
 
+@pytest.mark.parametrize("status", [400, 503])
+def test_a_log_that_cannot_be_read_hides_no_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """A pod that never started a container has none; a node that is lost does not hand it out."""
+
+    def unreadable(trainer: Trainer, _: dict[str, Any]) -> None:
+        trainer.log_status = status
+
+    def readable(trainer: Trainer, _: dict[str, Any]) -> None:
+        trainer.log_status = 200
+
+    monkeypatch.setattr(launch, "SECONDS_AWAY", 0)
+    with served(tmp_path, Trainer([running("one"), unreadable, running("two"), readable, end("Complete")])):
+        run()
+    assert capsys.readouterr().out.split() == ["one", "two"]
+    with served(tmp_path, Trainer([unreadable, running("one"), failed(1, reason="Evicted"), end("Failed")])) as trainer:
+        assert "got node 1: Evicted, exit code 2; read the lines" in refusal()
+    assert trainer.made == ["POST", "DELETE"]
+
+
 def test_somebody_else_deletes_it(tmp_path: Path) -> None:
     def deleted(trainer: Trainer, job: dict[str, Any]) -> None:
         del trainer.jobs[job["metadata"]["name"]]
@@ -210,6 +234,40 @@ def test_asked_to_stop_it_stops_the_nodes(tmp_path: Path) -> None:
     assert ended.value.code == 128 + signal.SIGTERM
     assert trainer.made == ["POST", "DELETE"]
     assert trainer.jobs == {}
+
+
+def test_asked_to_stop_it_does_not_wait_for_its_next_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def stop_soon(*_: object) -> None:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    monkeypatch.setattr(launch, "SECONDS_BETWEEN_LOOKS", 60)
+    monkeypatch.setattr(launch.logger, "propagate", True)
+    began = time.monotonic()
+    with (
+        caplog.at_level(logging.INFO, "spin"),
+        served(tmp_path, Trainer([stop_soon])) as trainer,
+        pytest.raises(SystemExit),
+    ):
+        run()
+    assert time.monotonic() - began < 30
+    assert trainer.made == ["POST", "DELETE"]
+    assert f"kubectl -n runs delete trainjob {NAME}" in caplog.text
+
+
+def test_numbers_as_loops_in_kubeflow_pipelines_hand_them_over(tmp_path: Path) -> None:
+    jobs: list[dict[str, Any]] = []
+    with served(tmp_path, Trainer([lambda _, job: jobs.append(job), end("Complete")])):
+        launch.launch(PLACE, 2.0, 3.0, 2.0, 4.0, SETTINGS)  # type: ignore[arg-type]
+    (trainer,) = (job["spec"]["trainer"] for job in jobs)
+    assert (jobs[0]["metadata"]["name"], trainer["command"][-3:], repr(trainer["numNodes"])) == (
+        NAME,
+        ["--iteration=2", "--shards=3", "--accelerators=4"],
+        "2",
+    )
+    with pytest.raises(SpinError, match="expected an iteration number"):
+        launch.launch(PLACE, 0, 3, 2, 4, SETTINGS)
 
 
 def test_a_server_that_is_away_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
