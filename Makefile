@@ -25,7 +25,7 @@ ui: $(READY) ## Reopen the MLflow UI on the demo's data
 demo-clean: ## Remove the demo's data
 	rm -rf build/demo
 
-experiment: $(READY) ## Self-play against SFT on the test prompts, three seeds (about half an hour)
+experiment: $(READY) ## Self-play against SFT on the test prompts, three seeds (two hours)
 	$(BIN)/python -m examples.emoji.experiment
 
 test: $(READY) ## Every test that needs no docker
