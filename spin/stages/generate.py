@@ -103,7 +103,7 @@ def _generate(
 
     from spin import models
     from spin.accounting import cost, flops_per_image, peak
-    from spin.data.dataset import Dataset, Latents
+    from spin.data.dataset import ROWS_PER_FILE, Dataset, Latents
     from spin.memory import room_for
     from spin.sampling import batches, fast_precision, roundtrip, sample_latents, shard_batches
     from spin.scoring import best_and_worst, primary_scorer
@@ -141,7 +141,7 @@ def _generate(
             folder = work / f"part-{len(pieces):06d}"
             folder.mkdir()
             for side, parts in drawn.items():
-                latents = torch.cat([torch.zeros(0, *pairs.latents_shape), *parts])
+                latents = torch.cat([torch.zeros(0, *pairs.latents_shape).half(), *parts])
                 Latents.write(folder / f"{side}.safetensors", ids, latents)
                 parts.clear()
             ids.clear()
@@ -161,10 +161,10 @@ def _generate(
                     draws.append((roundtrip(model, latents, precision) if options.roundtrip else latents).cpu())
             if scorer:
                 winners, losers = best_and_worst(torch.stack(draws), model, scorer, asked, precision)
-                drawn["winners"].append(winners)
-                drawn["losers"].append(losers)
+                drawn["winners"].append(winners.half())
+                drawn["losers"].append(losers.half())
             else:
-                drawn["losers"] += draws
+                drawn["losers"].append(draws[0].half())
             ids += names
             kept += len(names)
             logger.info(
@@ -176,7 +176,8 @@ def _generate(
                 total,
                 kept * len(samples) / max(before + clock.seconds, 1e-3),
             )
-            if time.monotonic() - since > SECONDS_BETWEEN_PARTS and number < len(mine):
+            due = time.monotonic() - since > SECONDS_BETWEEN_PARTS or len(ids) >= ROWS_PER_FILE
+            if due and number < len(mine):
                 # The next batch is drawn beside the upload.
                 if upload:
                     upload.result()
