@@ -87,7 +87,7 @@ def score_shard(place: Place, iteration: int, shard: int, shards: int) -> int:
         raise SpinError(f"expected a shard from 0 to {shards - 1}, got {shard}; shards count from 0")
     scoring = _scoring(place, iteration)
     if scoring.run.find(scoring.stage, scoring.inputs):
-        logger.info("iteration %d: scores complete", scoring.iteration)
+        logger.info("iteration %d: score shard %d of %d complete", scoring.iteration, shard + 1, shards)
         return 0
     from spin.scoring import draw_shard
 

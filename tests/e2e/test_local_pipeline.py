@@ -43,6 +43,7 @@ def test_again_everything_is_complete(whole: Pipeline) -> None:
     for line in (
         "prepare: complete,",
         *(f"iteration {k}: scores complete" for k in range(ITERATIONS + 1)),
+        *(f"iteration {k}: score shard {n} of {SHARDS} complete" for k in range(ITERATIONS + 1) for n in (1, 2)),
         *(f"iteration {k}: shard {n} of {SHARDS} complete" for k in (1, 2) for n in (1, 2)),
         *(f"iteration {k}: training complete, player" for k in (1, 2)),
     ):

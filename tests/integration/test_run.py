@@ -165,8 +165,8 @@ def test_unreadable_documents_are_refused(run: Run) -> None:
 
 def test_progress_is_kept_beside_the_stage(world: World, run: Run) -> None:
     assert run.read_progress("iteration-001/train") is None
-    run.write_progress("iteration-001/train", {"step": 2})
-    assert world.run(run.key).read_progress("iteration-001/train") == {"step": 2}
+    run.write_progress("iteration-001/train", {"parts": [], "step": 2})
+    assert world.run(run.key).read_progress("iteration-001/train") == {"parts": [], "step": 2}
     assert run.find("iteration-001/train") is None
 
 
