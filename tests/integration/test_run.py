@@ -22,8 +22,11 @@ NUMBERS = count()
 
 @pytest.fixture
 def run(world: World) -> Iterator[Run]:
-    """A run that nobody has begun."""
-    return world.run(f"run-{next(NUMBERS)}")
+    """A run that nobody has begun; what is left of it names objects that were never there, and is removed."""
+    made = world.run(f"run-{next(NUMBERS)}")
+    yield made
+    for name in world.documents(made.key):
+        made.store.remove_json(f"runs/{made.key}/{name}")
 
 
 def index(stage: str, inputs: dict[str, Any], **facts: object) -> Index:
