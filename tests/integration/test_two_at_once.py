@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from spin.config import override
 from spin.errors import SpinError
 from spin.presets import preset
 from spin.progress import Progress
-from spin.run import Index, Run
+from spin.run import Index, Run, producer
 from spin.stages import Place
 from spin.stages.generate import generate
 from spin.stages.train import train
@@ -131,8 +132,12 @@ def test_of_one_config_both_begin(world: World) -> None:
         assert together(*[lambda: world.run("one-config").begin(CONFIG)] * 2) == [None, None]
 
 
-def test_two_prepare_one_run(world: World, bucket: Bucket, caplog: pytest.LogCaptureFixture) -> None:
+def test_two_prepare_one_run(
+    world: World, bucket: Bucket, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same options twice: both go on with what came first. Others: refused, and none of theirs is in the run."""
+    # Two that end within one second are alike, and then there is nothing to say.
+    monkeypatch.setattr("spin.stages.prepare.producer", lambda: producer() | {"process": uuid.uuid4().hex})
     with meeting(Store, "create_json", "prepare.json"):
         one, other = together(*[lambda: world.prepare(world.place("prepared-twice"))] * 2)
     assert one == other == world.run("prepared-twice").find("prepare")
