@@ -34,8 +34,9 @@ from tests import tiny
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(14400)]
 
 HELD_OUT, MOST_PROMPTS, BATCH = 0.3, 5000, 32
-MOST_GROWTH = 64 * 2**20
-"""Bytes by which a stage may need more for four times the pairs: what libraries and allocators keep, and the ids."""
+MOST_GROWTH, MOST_PER_PAIR = 64 * 2**20, 1024
+"""Bytes by which a stage may need more for four times the pairs: what libraries and allocators keep, whatever the
+number, and for each pair its id, its prompt and where its latents lie. An image of it would take three times that."""
 WRITERS, POINTS = 50, 40
 
 
@@ -135,7 +136,7 @@ def test_memory_does_not_grow_with_the_pairs(
     assert many["items"]["prepare"] == pytest.approx((1 - HELD_OUT) * pairs, rel=0.1)
     assert many["items"]["generate"] > 0.98 * many["items"]["prepare"]
     growth = {name: most - max(few["peaks"].values()) for name, most in many["peaks"].items()}
-    assert max(growth.values()) < MOST_GROWTH, growth
+    assert max(growth.values()) < MOST_GROWTH + MOST_PER_PAIR * (pairs - pairs // 4), growth
     assert many["report"] < MOST_BYTES
 
 
