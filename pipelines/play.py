@@ -184,10 +184,8 @@ def spin_iteration(
         shards=shards,
         score_secret=score_secret,
         tracking_secret=tracking_secret,
-        gpu_count=gpu_count,
-        gpu_node_selector=gpu_node_selector,
-        gpu_tolerations=gpu_tolerations,
         **where,
+        **pool,
     ).after(trained)
     scored = on_gpu(score_metrics(shards=shards, **place), cpu="4", memory="32Gi", keys=score_secret)
     scored.after(judged).set_display_name("Score player")

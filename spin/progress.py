@@ -2,7 +2,7 @@
 
 Parts are stored first, then the progress document that names them; they are removed in the opposite order. So the
 document never names what is not there, whenever a process is killed. Two processes at one stage, as when a node that
-was given up lives on, do not share parts that they add: the document is that of the one who wrote last.
+was given up lives on, do not share parts that they add: the document is that of the one who has come further.
 """
 
 import logging
