@@ -32,7 +32,8 @@ test: $(READY) ## Every test that needs no docker
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not docker' --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 faults: $(READY) ## Kill whole pipelines 50 times, at other moments each time, and load 100,000 pairs (two hours; SEED=1 repeats)
-	$(BIN)/python -m pytest tests/faults --kills 50 --runs 10 --pairs 100000 --seed $(or $(SEED),$(shell date +%s))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/faults \
+	  --kills 50 --runs 10 --pairs 100000 --seed $(or $(SEED),$(shell date +%s))
 
 test-docker: $(READY) ## The images, and the pipeline in containers; skipped without a docker daemon
 	@$(BIN)/python -m pytest -m docker -rs tests/containers

@@ -29,6 +29,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group("whole" if shared else item.path.name))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show what tests have measured (``record_property``), from whichever process."""
+    for report in terminalreporter.getreports("passed"):
+        if report.when == "call" and report.user_properties:
+            found = ", ".join(f"{name} {value}" for name, value in report.user_properties)
+            terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]}: {found}")
+
+
 @pytest.fixture(scope="session")
 def laptop_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laptop]:
     """Give running S3 and MLflow servers, with the environment variables that lead to them set."""

@@ -1,7 +1,7 @@
 """Kill the whole pipeline at random moments, start it again, until it is done: it ends as if nothing had happened.
 
-``--kills`` strikes are spread over ``--runs`` runs (``make faults``: 50 over 10); the usual test run has a few. Moments
-and signals follow from ``--seed``.
+``--kills`` strikes are spread over ``--runs`` tests (``make faults``: 50 over 10); the usual test run has a few. A run
+that ends before its share of them is checked, and followed by another. Moments and signals follow from ``--seed``.
 """
 
 import contextlib
@@ -11,7 +11,8 @@ import re
 import signal
 import subprocess
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ class Killer:
     dice: random.Random
     seconds: float
     """How long an uninterrupted run takes."""
-    struck: Counter[str] = field(default_factory=Counter)
+    struck: Counter[str]
+    """What hit a running task, by task and signal."""
 
     def strike(self) -> bool:
         """Start the pipeline and kill it; return whether it was still running then."""
@@ -86,29 +88,34 @@ def curves(pipeline: Pipeline) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "number" in metafunc.fixturenames:
+        metafunc.parametrize("number", range(int(metafunc.config.getoption("--runs"))))
+
+
 def test_killed_anywhere_it_ends_the_same(
+    number: int,
     whole: Pipeline,
     tiny_run_options: dict[str, Any],
     tmp_path: Path,
     pytestconfig: pytest.Config,
-    capsys: pytest.CaptureFixture[str],
+    record_property: Callable[[str, object], None],
 ) -> None:
     kills, runs, seed = (int(pytestconfig.getoption(name)) for name in ("--kills", "--runs", "--seed"))
-    wanted, shown, seconds = whole.digests(), curves(whole), whole.seconds
+    share = kills // runs + (number < kills % runs)
+    wanted, shown = whole.digests(), curves(whole)
     struck: Counter[str] = Counter()
-    client = minio_of(whole.servers)
-    for number in range(runs):
-        key = f"killed-{seed}-{number}"
+    client, dice, ended = minio_of(whole.servers), random.Random(f"{seed}-{number}"), 0
+    while struck.total() < share:
+        key = f"killed-{seed}-{number}-{ended}"
         pipeline = Pipeline(whole.servers, tmp_path / key, tiny_run_options, key)
-        killer = Killer(pipeline, Bucket(client, "spin", key), random.Random(f"{seed}-{number}"), seconds)
-        left = kills // runs + (number < kills % runs)
-        while left and killer.strike():
-            left -= 1
+        killer = Killer(pipeline, Bucket(client, "spin", key), dice, whole.seconds, struck)
+        while struck.total() < share and killer.strike():
+            pass
         before = pipeline.indexes()
         killer.look(before, pipeline.succeed())
-        assert pipeline.digests() == wanted, f"seed {seed}, run {number}: {killer.struck}"
-        assert curves(pipeline) == shown, f"seed {seed}, run {number}: {killer.struck}"
-        struck += killer.struck
-    with capsys.disabled():
-        print(f"\n{sum(struck.values())} kills in {runs} runs of {seconds:.0f} s each, seed {seed}: {dict(struck)}")
-    assert sum(struck.values()) >= kills // 2, "the moments must fall into the runs"
+        ended += 1
+        assert pipeline.digests() == wanted, f"seed {seed}, {key}: {struck}"
+        assert curves(pipeline) == shown, f"seed {seed}, {key}: {struck}"
+    for name, value in {"seed": seed, "runs": ended, "seconds": round(whole.seconds), **struck}.items():
+        record_property(name, value)

@@ -112,7 +112,10 @@ def play(place: Place, base: Path, source: Path, options: dict[str, Any]) -> dic
 
 
 def test_memory_does_not_grow_with_the_pairs(
-    laptop_servers: Laptop, tmp_path: Path, pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]
+    laptop_servers: Laptop,
+    tmp_path: Path,
+    pytestconfig: pytest.Config,
+    record_property: Callable[[str, object], None],
 ) -> None:
     pairs = int(pytestconfig.getoption("--pairs"))
     judge, base, found = tiny.judge(tmp_path / "judge"), tiny.base(tmp_path / "base"), []
@@ -131,8 +134,8 @@ def test_memory_does_not_grow_with_the_pairs(
             source = table(tmp_path / f"{count}.parquet", count)
             found.append(process.submit(play, place, base, source, options).result())
     few, many = found
-    with capsys.disabled():
-        print(f"\n{pairs} pairs: {many}\n{pairs // 4} pairs: {few}")
+    record_property(f"{pairs} pairs", many)
+    record_property(f"{pairs // 4} pairs", few)
     assert many["items"]["prepare"] == pytest.approx((1 - HELD_OUT) * pairs, rel=0.1)
     assert many["items"]["generate"] > 0.98 * many["items"]["prepare"]
     growth = {name: most - max(few["peaks"].values()) for name, most in many["peaks"].items()}
