@@ -214,15 +214,6 @@ class TrainConfig(_Config):
         return self
 
     @model_validator(mode="after")
-    def _sharded_players_do_not_draw(self) -> Self:
-        # Drawing asks for passes without gradient of which no two processes need the same number.
-        if self.sharding == "fsdp" and self.validate_every:
-            raise ValueError(
-                f"expected validate_every 0 with sharding fsdp, got {self.validate_every}; set steps instead"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _rate_above_zero(self) -> Self:
         if self.decay_steps and max(self.steps) > self.decay_steps:
             raise ValueError(

@@ -331,7 +331,11 @@ def validation_score(
     """
     rows = data.held_out("validation", config.score.max_prompts)
     mine = rows[accelerator.process_index :: accelerator.num_processes]
-    jobs: list[Job] = [(row, sample) for row in mine for sample in range(config.score.images_per_prompt)]
+    # Of a player that is shared out, no process draws alone: those with a prompt less draw one that does not count.
+    most = -(-len(rows) // accelerator.num_processes)
+    padded = [*mine, *rows[: most - len(mine)]]
+    jobs: list[Job] = [(row, sample) for row in padded for sample in range(config.score.images_per_prompt)]
+    count = len(mine) * config.score.images_per_prompt
     scorer = primary_scorer(config.score, model.device, download)
     size = config.generate.batch_size
 
@@ -340,7 +344,8 @@ def validation_score(
         for part in batches(len(jobs), max(1, CHUNK // size) * size):
             chunk = [jobs[i] for i in part]
             images = draw(model, config, chunk, data.latents_shape)
-            total += scored(scorer, images, [row.prompt for row, _ in chunk]).sum()
+            found = scored(scorer, images, [row.prompt for row, _ in chunk])
+            total += found[: max(0, count - part.start)].sum()
         whole = accelerator.reduce(total.to(model.device), "sum")
         return float(whole) / (len(rows) * config.score.images_per_prompt)
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from spin.errors import SpinError
 from spin.processes import rank
+from spin.sharding import part, spread_like, whole
 
 
 class Selection:
@@ -44,10 +45,11 @@ class Selection:
             raise SpinError(f"expected a finite score of the player at step {step}, got {score}; check the judge")
         if score > self.best_score:
             self.best_score, self.best_step, self.stale = score, step, 0
-            if rank() == 0:
-                # safetensors, where they may be saved, knows one layout alone.
-                plain = torch.contiguous_format
-                self._weights = {n: value.detach().cpu().clone(memory_format=plain) for n, value in weights.items()}
+            for name, value in weights.items():
+                best = whole(value.detach())
+                if rank() == 0:
+                    # safetensors, where they may be saved, knows one layout alone.
+                    self._weights[name] = best.cpu().clone(memory_format=torch.contiguous_format)
         else:
             self.stale += 1
         return score
@@ -60,9 +62,8 @@ class Selection:
         """Write the best player's weights into ``weights``, those of all processes."""
         with torch.no_grad():
             for name, value in weights.items():
-                if rank() == 0:
-                    value.copy_(self._weights[name])
-                broadcast(value.data)
+                best = self._weights[name] if rank() == 0 else torch.empty(value.shape, dtype=value.dtype)
+                value.copy_(spread_like(broadcast(best.to(part(value).device)), value))
 
     def save(self, folder: Path) -> None:
         """Write what has been learnt so far beside a checkpoint; a task of the first process."""

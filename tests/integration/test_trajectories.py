@@ -151,6 +151,27 @@ def test_two_processes_train_as_one(
     assert train(world, key, "--processes=2") == together, "finished"
 
 
+@pytest.mark.parametrize(
+    ("sharding", "kept"), [("none", {}), ("fsdp", {}), ("fsdp", {"ema_decay": 0.5})], ids=["none", "fsdp", "average"]
+)
+def test_two_processes_choose_the_player_that_one_would(
+    world: World, begin: Begin, sharding: str, kept: dict[str, Any]
+) -> None:
+    """They share the drawing, three prompts over two; the best player is not the last, so it must be brought back."""
+    chosen = {"learning_rate": 3e-2, "steps": [6], "validate_every": 1, "patience": 2, "max_winner_drift": 1e9, **kept}
+    name = "-".join(["chosen", *kept])
+    alone = train(world, begin(f"{name}-{sharding}-alone", **chosen))
+    together = train(
+        world, begin(f"{name}-{sharding}", **chosen, micro_batch_size=2, sharding=sharding), "--processes=2"
+    )
+    scores = [[row["validation_score"] for row in trajectory(world, index)] for index in (alone, together)]
+    assert scores[1] == pytest.approx(scores[0], rel=5e-3)
+    assert 0 < alone.facts["best_step"] < alone.facts["steps"]
+    for fact in ("best_step", "steps", "verdict"):
+        assert together.facts[fact] == alone.facts[fact]
+    assert farthest(world, alone, together) < 1e-4
+
+
 class Nodes:
     """Runs a TrainJob's command on each of its nodes, told of the others as Trainer's torch runtime tells them."""
 

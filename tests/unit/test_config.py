@@ -201,11 +201,6 @@ def test_every_preset_is_valid_and_survives_json(name: str) -> None:
     assert override(config, config.model_dump(mode="json")) == config
 
 
-def test_a_sharded_player_is_not_asked_to_draw() -> None:
-    message = refusal({"train": {"sharding": "fsdp", "validate_every": 10}})
-    assert "expected validate_every 0 with sharding fsdp, got 10; set steps instead" in message
-
-
 def test_another_objective_drops_options_that_it_does_not_read() -> None:
     mild = override(preset("sd15-paper"), {"train": {"loser_gradient_scale": 0.5, "previous_share": 0.2}})
     sft = override(mild, {"train": {"objective": "sft"}})
