@@ -1,6 +1,7 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Both set up what they need.
 PYTHON ?= python3
 VENV := .venv
+IMAGES ?= spin-diffusion/runtime-python:0.1.0 spin-diffusion/mlflow:0.1.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -39,13 +40,13 @@ test-docker: $(READY) ## The images, and the pipeline in containers; skipped wit
 	@$(BIN)/python -m pytest -m docker -rs tests/containers
 
 images: ## Build the CUDA runtime image and the MLflow server image
-	docker buildx bake -f images/docker-bake.hcl
+	docker buildx bake -f images/docker-bake.json
 
 sbom: ## Write a CycloneDX list of each image's Python packages to build/
 	@$(PYTHON) -m venv build/sbom && build/sbom/bin/pip install --quiet cyclonedx-bom==7.5.0
-	@for image in runtime-python mlflow; do \
-	  docker run --rm spin-diffusion/$$image:0.1.0 cat /opt/venv/packages.txt \
-	  | build/sbom/bin/cyclonedx-py requirements - --output-file build/$$image.cdx.json || exit; \
+	@for image in $(IMAGES); do name=$${image##*/}; \
+	  docker run --rm $$image cat /opt/venv/packages.txt \
+	  | build/sbom/bin/cyclonedx-py requirements - --output-file build/$${name%%:*}.cdx.json || exit; \
 	done
 
 manifests: $(READY) ## Render every overlay to tests/golden, where the tests expect it

@@ -1,10 +1,11 @@
-"""A docker daemon, a base image and both images; whatever is missing skips the tests and says so.
+"""A docker daemon, a base image and both images, as the bake file has them; what is missing skips the tests.
 
 No registry is needed: the base image is a Debian with Python, made here. PyTorch for the CPU comes from its usual
 index, or, where that is out of reach, from wherever pip found the one of this environment. What was built is kept in
 ``build/docker``.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from string import Template
+from typing import Any
 
 import docker
 import pytest
@@ -24,8 +27,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "build" / "docker"
 BASE_IMAGE = "spin-test/python:bookworm"
-RUNTIME, MLFLOW = "spin-test/runtime-python:test", "spin-test/mlflow:test"
-TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+BAKE = json.loads((ROOT / "images" / "docker-bake.json").read_text())
+VARIABLES = {"REGISTRY": "spin-test", "VERSION": "0.1.0", "COMMIT": "c0ffee"}
+TORCH_INDEX = BAKE["target"]["runtime-cpu"]["args"]["TORCH_INDEX"]
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 
 
@@ -97,20 +101,35 @@ def base_image(client: docker.DockerClient) -> str:
     return BASE_IMAGE
 
 
-def _build(name: str, tag: str, folder: Path, **arguments: str) -> str:
+def baked(name: str) -> dict[str, Any]:
+    """Return a target of the bake file with what it inherits and the tests' variables in place."""
+    variables = {key: entry["default"] for key, entry in BAKE["variable"].items()} | VARIABLES
+    found: dict[str, Any] = json.loads(Template(json.dumps(BAKE["target"][name])).substitute(variables))
+    for parent in map(baked, found.pop("inherits", [])):
+        found = parent | found | {"args": parent.get("args", {}) | found.get("args", {})}
+    return found
+
+
+def _build(name: str, folder: Path, **arguments: str) -> str:
+    target = baked(name)
+    (tag,) = target["tags"]
     # This machine's way to PyPI, if it has one of its own; as secrets, so that nothing of it stays in the image.
     settings = folder / "pip.conf"
     listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
     cert = CERTIFICATES if "cert=" in listed else ""
     settings.write_text(f"[global]\ntimeout = 180\n{f'cert = {cert}' if cert else ''}\n")
-    command = [_program(), "build", "--network=host", "--file", f"images/{name}/Dockerfile", "--tag", tag]
+    command = [_program(), "build", "--network=host", "--file", target["dockerfile"], "--tag", tag]
     command += ["--secret", f"id=pip,src={settings}"]
     if cert:
         command += ["--secret", f"id=ca,src={CERTIFICATES}"]
-    for key, value in arguments.items():
+    for key, value in (target["args"] | arguments).items():
         command += ["--build-arg", f"{key}={value}"]
     done = subprocess.run(
-        [*command, "."], cwd=ROOT, env=os.environ | {"DOCKER_BUILDKIT": "1"}, capture_output=True, text=True
+        [*command, target["context"]],
+        cwd=ROOT,
+        env=os.environ | {"DOCKER_BUILDKIT": "1"},
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         pytest.fail(f"{' '.join(command)}\n{done.stderr[-5000:]}", pytrace=False)
@@ -145,12 +164,10 @@ def torch_index(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def runtime(base_image: str, torch_index: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return the CPU runtime image's name."""
-    arguments = {"BASE_IMAGE": base_image, "TORCH_INDEX": torch_index, "COMMIT": "c0ffee", "VERSION": "0.1.0"}
-    return _build("runtime", RUNTIME, tmp_path_factory.mktemp("runtime"), **arguments)
+    return _build("runtime-cpu", tmp_path_factory.mktemp("runtime"), BASE_IMAGE=base_image, TORCH_INDEX=torch_index)
 
 
 @pytest.fixture(scope="session")
 def mlflow(base_image: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return the MLflow server image's name."""
-    arguments = {"BASE_IMAGE": base_image, "COMMIT": "c0ffee", "VERSION": "0.1.0"}
-    return _build("mlflow", MLFLOW, tmp_path_factory.mktemp("mlflow"), **arguments)
+    return _build("mlflow", tmp_path_factory.mktemp("mlflow"), BASE_IMAGE=base_image)

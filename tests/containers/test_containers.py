@@ -86,6 +86,19 @@ def test_the_packages_are_the_pinned_ones(client: docker.DockerClient, image: tu
             assert version.partition("+")[0] == pinned.get(key), name
 
 
+def test_the_packages_are_listed_for_auditors(client: docker.DockerClient, image: tuple[str, str]) -> None:
+    """``make sbom``, in CycloneDX's form."""
+    name = image[1].rpartition("/")[2].partition(":")[0]
+    written = ROOT / "build" / f"{name}.cdx.json"
+    written.unlink(missing_ok=True)
+    subprocess.run(["make", "sbom", f"IMAGES={image[1]}", f"PYTHON={sys.executable}"], cwd=ROOT, check=True)
+    found = json.loads(written.read_text())
+    assert found["bomFormat"] == "CycloneDX"
+    listed = {part["name"]: part["version"] for part in found["components"]}
+    packages = dict(line.split("==") for line in run(client, image[1], "cat", "/opt/venv/packages.txt").splitlines())
+    assert listed == packages
+
+
 def test_a_component_needs_nothing_else(client: docker.DockerClient, runtime: str) -> None:
     started = time.monotonic()
     imports = "import kfp.dsl.executor_main, spin.stages.train, spin.scoring, spin.preflight"
