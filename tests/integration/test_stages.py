@@ -102,7 +102,7 @@ def test_every_stage_leaves_an_index(world: World, played: Played) -> None:
         *(
             f"iteration-00{k}/{stage}"
             for k in (1, 2)
-            for stage in ("generate-0000-of-0002", "generate-0001-of-0002", "train", "score")
+            for stage in ("shards", "generate-0000-of-0002", "generate-0001-of-0002", "train", "score")
         ),
     }
     for stage, index in played.indexes.items():
@@ -303,7 +303,11 @@ def test_order_does_not_depend_on_a_scheduler(world: World) -> None:
     assert world.documents("order") == before
     generate(place, 1, 0, 2)
     assert "generate-0001-of-0002" in refusal(train, place, 1, 2)
-    learn(place)
+    assert refusal(generate, place, 1, 0, 3) == (
+        "expected 2 shard(s), as iteration 1 of run 'order' was begun with, got 3; "
+        "set shards to that to resume, or choose another run key"
+    )
+    learn(place, 2)
     assert "iteration-000/score" in refusal(score, place, 1)
     assert "iteration-001/score" in refusal(register, place, "tiny", 1)
     assert "iteration-002/generate-0000-of-0001" in refusal(train, place, 2)
@@ -322,13 +326,13 @@ def test_shard_is_one_of_the_shards(played: Played, shard: int) -> None:
 
 
 def test_number_of_shards_changes_nothing(world: World, played: Played) -> None:
-    place = shared(world, "shards")
-    drawn = {n: [generate(place, 1, shard, n) for shard in range(n)] for n in (1, 2, 6)}
+    places = {n: shared(world, f"shards-{n}") for n in (1, 2, 6)}
+    drawn = {n: [generate(place, 1, shard, n) for shard in range(n)] for n, place in places.items()}
     assert [len(drawn[n]) for n in drawn] == [1, 2, 6]
     assert 0 in [index.items for index in drawn[6]], "a shard without work is part of the test"
     one, two, six = (losers(world, indexes) for indexes in drawn.values())
     assert one == two == six
-    players = [played.indexes["iteration-001/train"], *(train(place, 1, n) for n in drawn)]
+    players = [played.indexes["iteration-001/train"], *(train(place, 1, n) for n, place in places.items())]
     assert len({player.outputs["model"].digest for player in players}) == 1
     assert len({player.outputs["history"].digest for player in players}) == 1
     assert len({str(player.inputs["losers"]) for player in players}) == 3
@@ -354,15 +358,15 @@ class Interrupted(Exception):
 
 def test_only_pairs_that_are_trained_on_are_drawn(world: World) -> None:
     """One step of eight: their losers and the validation's, the same for any number of shards."""
-    place = shared(world, "lazy", steps=[1])
-    drawn = {n: [generate(place, 1, shard, n) for shard in range(n)] for n in (1, 3)}
-    data = Dataset(world.store().get(world.run("lazy").need("prepare", "test").outputs["dataset"]))
+    places = {n: shared(world, f"lazy-{n}", steps=[1]) for n in (1, 3)}
+    drawn = {n: [generate(place, 1, shard, n) for shard in range(n)] for n, place in places.items()}
+    data = Dataset(world.store().get(world.run("lazy-1").need("prepare", "test").outputs["dataset"]))
     one, three = (losers(world, indexes) for indexes in drawn.values())
     assert one == three
     assert len(one.keys() & set(data.ids)) == 8 < len(data)
     assert {row.id for row in data.validation} <= one.keys()
     assert drawn[1][0].facts["left_out"] == len(data) - 8
-    players = [train(place, 1, n) for n in drawn]
+    players = [train(place, 1, n) for n, place in places.items()]
     assert players[0].outputs == players[1].outputs
     assert players[0].items == 8
 
@@ -587,7 +591,8 @@ def test_dpo_may_learn_from_pairs_that_a_scorer_ranks(world: World) -> None:
         "expected 1 iteration for train.objective dpo, "
     )
     prepare(place, "emoji-cpu", *sources)
-    one, two = generate(place, 1), [generate(place, 1, shard, 2) for shard in (0, 1)]
+    prepare(in_two := world.place("ranked-in-two"), "emoji-cpu", *sources)
+    one, two = generate(place, 1), [generate(in_two, 1, shard, 2) for shard in (0, 1)]
     prepared = world.run("ranked").need("prepare", "")
     assert one.items == sum(index.items for index in two) == 3 * prepared.items
     sides = ("winners", "losers")
