@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ pytestmark = [pytest.mark.docker, pytest.mark.timeout(3600)]
 
 ROOT = Path(__file__).resolve().parents[2]
 USER = 10001
+Record = Callable[[str, object], None]
 MOST_BYTES = {"runtime": 2.5e9, "mlflow": 1.5e9}
 # As the restricted Pod Security Standard has it, and nothing writable but /tmp.
 RESTRICTED: dict[str, Any] = {
@@ -42,7 +44,9 @@ def run(client: docker.DockerClient, image: str, *command: str, **options: Any) 
     return output.decode()
 
 
-def test_what_an_image_says_of_itself(client: docker.DockerClient, image: tuple[str, str]) -> None:
+def test_what_an_image_says_of_itself(
+    client: docker.DockerClient, image: tuple[str, str], record_property: Record
+) -> None:
     kind, name = image
     found = client.images.get(name)
     config = found.attrs["Config"]
@@ -52,7 +56,7 @@ def test_what_an_image_says_of_itself(client: docker.DockerClient, image: tuple[
     assert labels["version"] == "0.1.0"
     assert labels["revision"] == "c0ffee"
     assert {"title", "description", "licenses"} <= set(labels)
-    print(f"{name}: {found.attrs['Size'] / 1e6:.0f} MB")
+    record_property("megabytes", round(found.attrs["Size"] / 1e6))
     assert found.attrs["Size"] < MOST_BYTES[kind]
     assert not [entry for entry in config["Env"] if "KEY" in entry or "SECRET" in entry or "PASSWORD" in entry]
 
@@ -99,17 +103,19 @@ def test_the_packages_are_listed_for_auditors(client: docker.DockerClient, image
     assert listed == packages
 
 
-def test_a_component_needs_nothing_else(client: docker.DockerClient, runtime: str) -> None:
+def test_a_component_needs_nothing_else(client: docker.DockerClient, runtime: str, record_property: Record) -> None:
     started = time.monotonic()
     imports = "import kfp.dsl.executor_main, spin.stages.train, spin.scoring, spin.preflight"
     said = run(client, runtime, "python3", "-c", imports, environment={"_KFP_RUNTIME": "true"})
-    print(f"start and imports: {time.monotonic() - started:.1f} s")
+    record_property("start and imports, seconds", round(time.monotonic() - started, 1))
 
     assert "Traceback" not in said
     assert "preflight" in run(client, runtime, "python3", "-m", "spin", "--help")
 
 
-def test_the_mlflow_image_serves(client: docker.DockerClient, mlflow: str, laptop_servers: Laptop) -> None:
+def test_the_mlflow_image_serves(
+    client: docker.DockerClient, mlflow: str, laptop_servers: Laptop, record_property: Record
+) -> None:
     servers = laptop_servers.environment().items()
     keys = {name: value for name, value in servers if name.startswith(("AWS_", "MLFLOW_S3"))}
     settings = {"MLFLOW_BACKEND_STORE_URI": "sqlite:////tmp/mlflow.db", "MLFLOW_ARTIFACTS_DESTINATION": "s3://mlflow"}
@@ -130,7 +136,7 @@ def test_the_mlflow_image_serves(client: docker.DockerClient, mlflow: str, lapto
                 assert container.status != "exited", container.logs().decode()[-3000:]
                 assert time.monotonic() - started < 300
                 time.sleep(1)
-        print(f"MLflow {version} answers after {time.monotonic() - started:.1f} s")
+        record_property(f"seconds until MLflow {version} answers", round(time.monotonic() - started, 1))
         # An artifact goes through the server into S3: database, proxy and boto3 work.
         put = requests.put(f"{uri}/api/2.0/mlflow-artifacts/artifacts/probe.txt", data=b"hello", timeout=60)
         assert put.status_code == 200, put.text
@@ -141,7 +147,9 @@ def test_the_mlflow_image_serves(client: docker.DockerClient, mlflow: str, lapto
         container.remove(force=True)
 
 
-def test_the_pipeline_runs_in_containers(runtime: str, laptop_servers: Laptop, tmp_path: Path) -> None:
+def test_the_pipeline_runs_in_containers(
+    runtime: str, laptop_servers: Laptop, tmp_path: Path, record_property: Record
+) -> None:
     """KFP's DockerRunner, each task a restricted container; S3 and MLflow are outside."""
     root = tmp_path / "pipeline"
     root.mkdir()
@@ -184,7 +192,7 @@ def test_the_pipeline_runs_in_containers(runtime: str, laptop_servers: Laptop, t
     )
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-6000:]
-    print(f"the pipeline in containers: {time.monotonic() - started:.0f} s")
+    record_property("seconds", round(time.monotonic() - started))
 
     with pytest.MonkeyPatch.context() as patch:
         for name, value in laptop_servers.environment().items():
