@@ -180,13 +180,15 @@ class Store:
         )
 
     @contextmanager
-    def _errors(self) -> Iterator[None]:
-        where = f"({self.endpoint}, {self.uri})"
+    def _errors(self, uri: str = "") -> Iterator[None]:
+        """Say what went wrong at ``uri``, by default the store's own."""
+        setting, uri = (f"correct {uri}", uri) if uri else ("set store_uri", self.uri)
+        bucket, where = uri.removeprefix("s3://").partition("/")[0], f"({self.endpoint}, {uri})"
         try:
             yield
         except S3Error as error:
             if error.code == "NoSuchBucket":
-                raise SpinError(f"expected the bucket {self.bucket!r}, got none {where}; create it") from None
+                raise SpinError(f"expected the bucket {bucket!r}, got none {where}; create it, or {setting}") from None
             if error.code in FULL:
                 raise SpinError(
                     f"expected room in the bucket, got {error.code} {where}; free or add space and start the run again "
@@ -214,14 +216,15 @@ class Store:
             ) from None
         except ValueError as error:
             # The client's own check of names, before anything is sent.
-            raise SpinError(f"expected names that S3 allows, got {self.uri!r} ({error}); set store_uri") from None
+            raise SpinError(f"expected names that S3 allows, got {uri!r} ({error}); {setting}") from None
 
     def check(self) -> None:
         """Make sure that the bucket exists and that the keys may read it; from then on, outlast an outage."""
         with self._errors():
             if not self._client.bucket_exists(self.bucket):
                 raise SpinError(
-                    f"expected the bucket {self.bucket!r}, got none ({self.endpoint}, {self.uri}); create it"
+                    f"expected the bucket {self.bucket!r}, got none ({self.endpoint}, {self.uri}); create it, or set "
+                    "store_uri"
                 )
         self._client = self._connect(PATIENT)
 
@@ -260,7 +263,7 @@ class Store:
     def _below(self, uri: str) -> tuple[str, dict[str, Any]]:
         """Return the path of ``s3://bucket/path`` and the objects at or below it, by name."""
         bucket, _, path = uri.removeprefix("s3://").rstrip("/").partition("/")
-        with self._errors():
+        with self._errors(uri):
             found = {
                 str(item.object_name): item
                 for item in self._client.list_objects(bucket, prefix=path, recursive=True)
@@ -439,7 +442,7 @@ class Store:
                 inside = PurePosixPath(name.removeprefix(path).lstrip("/"))
                 if ".." in inside.parts:
                     raise SpinError(f"expected plain file names under {uri}, got {name!r}; rename it")
-                with self._errors():
+                with self._errors(uri):
                     self._client.fget_object(bucket, name, str(part / target.name / inside))
         return target
 

@@ -110,6 +110,8 @@ class _Told:
     heard: float = 0.0
     """When lines were last read, by the monotonic clock."""
     failures: dict[str, str] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Why a pod's log could not be read."""
 
 
 def _follow(cluster: Cluster, name: str, nodes: int, stop: Callable[..., bool]) -> None:
@@ -155,7 +157,7 @@ def _tell(cluster: Cluster, pods: list[dict[str, Any]], told: _Told) -> None:
         last = told.lines_until.get(pod, "")
         # Some seconds more, for clocks that differ; what has been printed is left out by its time.
         began = time.monotonic()
-        lines = _log(cluster, pod, seconds=int(began - told.heard) + 60 if last else 0)
+        lines = _log(cluster, pod, told, seconds=int(began - told.heard) + 60 if last else 0)
         if lines:
             told.heard = began
         for line in lines:
@@ -170,7 +172,7 @@ def _tell(cluster: Cluster, pods: list[dict[str, Any]], told: _Told) -> None:
             told.waiting[node] = why
             logger.info("node %d: %s", node, f"waits, {why}" if why else "has started")
         if (fault := failure(pod)) and name not in told.failures:
-            lines = [line.partition(" ")[2] for line in _log(cluster, name, lines=200)]
+            lines = [line.partition(" ")[2] for line in _log(cluster, name, told, lines=200)]
             errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
             told.failures[name] = f"node {node}: {errors[-1] if errors else fault}"
             logger.info("node %d: failed, %s", node, fault)
@@ -179,12 +181,14 @@ def _tell(cluster: Cluster, pods: list[dict[str, Any]], told: _Told) -> None:
                 sys.stdout.writelines(f"node {node}: {line}\n" for line in lines[-LINES_SHOWN:])
 
 
-def _log(cluster: Cluster, pod: str, **options: int) -> list[str]:
+def _log(cluster: Cluster, pod: str, told: _Told, **options: int) -> list[str]:
     """Return a node's log as ``Cluster.log`` does; none where it cannot be read: its end is told all the same."""
     try:
         return cluster.log(pod, CONTAINER, **options)
     except SpinError as error:
-        logger.info("%s: %s", pod, error)
+        if told.unreadable.get(pod) != str(error):
+            told.unreadable[pod] = str(error)
+            logger.info("%s: %s", pod, error)
         return []
 
 

@@ -289,7 +289,12 @@ def no_key(attempt: Attempt) -> str:
 
 def no_bucket(attempt: Attempt) -> str:
     attempt.options["store-uri"] = "s3://no-such-bucket/tests"
-    return "expected the bucket 'no-such-bucket', got none .+; create it"
+    return "expected the bucket 'no-such-bucket', got none .+; create it, or set store_uri"
+
+
+def data_in_no_bucket(attempt: Attempt) -> str:
+    attempt.options["data-source"] = "s3://no-such-data/images"
+    return "expected the bucket 'no-such-data', got none .+; create it, or correct s3://no-such-data/images"
 
 
 def no_server(attempt: Attempt) -> str:
@@ -304,7 +309,7 @@ def bad_endpoint(attempt: Attempt) -> str:
 
 CASES = [
     missing_folder, folder_without_images, unreadable_images, images_without_captions, fewer_pairs_than_a_batch,
-    wrong_kind_of_source, resolution_that_does_not_fit, nothing_held_out, missing_judge,
+    data_in_no_bucket, wrong_kind_of_source, resolution_that_does_not_fit, nothing_held_out, missing_judge,
     missing_base, base_that_is_no_pipeline, base_with_a_pickle,
     base_with_a_pickle_only, base_with_damaged_weights, base_without_a_part, base_of_another_family,
     exact_spin_of_a_flow, unknown_preset, unknown_override, unknown_section, override_out_of_range,

@@ -162,7 +162,11 @@ def test_what_kubernetes_says_is_told_too(tmp_path: Path, play: list[Step], expe
 
 @pytest.mark.parametrize("status", [400, 503])
 def test_a_log_that_cannot_be_read_hides_no_end(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, status: int
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
 ) -> None:
     """A pod that never started a container has none; a node that is lost does not hand it out."""
 
@@ -172,10 +176,12 @@ def test_a_log_that_cannot_be_read_hides_no_end(
     def readable(trainer: Trainer, _: dict[str, Any]) -> None:
         trainer.log_status = 200
 
+    caplog.set_level("INFO", "spin")
     monkeypatch.setattr(launch, "SECONDS_AWAY", 0)
     with served(tmp_path, Trainer([running("one"), unreadable, running("two"), readable, end("Complete")])):
         run()
     assert capsys.readouterr().out.split() == ["one", "two"]
+    assert len([line for line in caplog.messages if "the log of " in line]) == 1, "at each look would be too often"
     with served(tmp_path, Trainer([unreadable, running("one"), failed(1, reason="Evicted"), end("Failed")])) as trainer:
         assert "got node 1: Evicted, exit code 2; read the lines" in refusal()
     assert trainer.made == ["POST", "DELETE"]
