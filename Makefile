@@ -1,7 +1,8 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Both set up what they need.
 PYTHON ?= python3
 VENV := .venv
-IMAGES ?= spin-diffusion/runtime-python:0.1.0 spin-diffusion/mlflow:0.1.0
+SBOM := build
+IMAGES := spin-diffusion/runtime-python:0.1.0 spin-diffusion/mlflow:0.1.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -44,9 +45,9 @@ images: ## Build the CUDA runtime image and the MLflow server image
 
 sbom: ## Write a CycloneDX list of each image's Python packages to build/
 	@$(PYTHON) -m venv build/sbom && build/sbom/bin/pip install --quiet cyclonedx-bom==7.5.0
-	@for image in $(IMAGES); do name=$${image##*/}; \
-	  docker run --rm $$image cat /opt/venv/packages.txt \
-	  | build/sbom/bin/cyclonedx-py requirements - --output-file build/$${name%%:*}.cdx.json || exit; \
+	@for image in $(IMAGES); do name=$${image##*/}; list=$(SBOM)/$${name%%:*}; \
+	  docker run --rm $$image cat /opt/venv/packages.txt > $$list.txt \
+	  && build/sbom/bin/cyclonedx-py requirements $$list.txt --output-file $$list.cdx.json || exit; \
 	done
 
 manifests: $(READY) ## Render every overlay to tests/golden, where the tests expect it

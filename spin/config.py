@@ -146,7 +146,7 @@ class TrainConfig(_Config):
     float32."""
     gradient_checkpointing: bool = False
     sharding: Literal["none", "fsdp"] = "none"
-    """``fsdp`` spreads player, opponent and moments over the processes of the pod (FSDP2), for models that do not fit
+    """``fsdp`` spreads player, opponent and moments over all processes (FSDP2), for models that do not fit
     one accelerator; slower than ``none``, where each process holds all of them. One process alone has nothing to
     spread."""
     shared_noise: bool = True

@@ -162,7 +162,11 @@ class Run:
     def agreed(self, name: str, value: str) -> str:
         """Return what every process of the run goes by for ``name``: ``value``, unless another was faster."""
         path = self._path(name)
-        return value if self.store.create_json(path, value) else str(self.store.read_json(path))
+        # Read first: a store that ignores the condition on writes keeps at least to what is there.
+        known = self.store.read_json(path)
+        if known is None and self.store.create_json(path, value):
+            return value
+        return str(self.store.read_json(path) if known is None else known)
 
     def config(self) -> RunConfig:
         """Return the run's config, as written by prepare-data."""

@@ -86,7 +86,8 @@ def solver(model: Model, config: GenerateConfig, side: int) -> Any:
     return scheduler
 
 
-@torch.inference_mode()
+# Not inference_mode: where a sharded player draws first, its gathers would leave tensors that autograd refuses.
+@torch.no_grad()
 def sample_latents(
     model: Model, prompts: Sequence[str], noise_BCHW: torch.Tensor, config: GenerateConfig, precision: str
 ) -> torch.Tensor:

@@ -57,7 +57,7 @@ def generate(place: Place, iteration: int, shard: int = 0, shards: int = 1) -> I
         best.
 
     Raises:
-        SpinError: a predecessor is incomplete, or the iteration was begun with another number of shards.
+        SpinError: a predecessor is incomplete, or the run was begun with another number of shards.
     """
     iteration, shard, shards = whole_iteration(iteration, 1), int(shard), whole_shards(shards)
     if not 0 <= shard < shards:
@@ -67,11 +67,11 @@ def generate(place: Place, iteration: int, shard: int = 0, shards: int = 1) -> I
     stage = shard_stage(iteration, shard, shards)
     opponent = opponent_of(run, iteration, stage)
     dataset = run.need("prepare", stage).outputs["dataset"]
-    agreed = run.agreed(iteration_stage(iteration, "shards"), str(shards))
+    agreed = run.agreed("shards", str(shards))
     if agreed != str(shards):
         # The same images would be drawn and trained on again, under other names.
         raise SpinError(
-            f"expected {agreed} shard(s), as iteration {iteration} of run {run.key!r} was begun with, got {shards}; "
+            f"expected {agreed} shard(s), as run {run.key!r} was begun with, got {shards}; "
             "set shards to that to resume, or choose another run key"
         )
     train = config.train

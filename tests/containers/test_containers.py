@@ -90,17 +90,19 @@ def test_the_packages_are_the_pinned_ones(client: docker.DockerClient, image: tu
             assert version.partition("+")[0] == pinned.get(key), name
 
 
-def test_the_packages_are_listed_for_auditors(client: docker.DockerClient, image: tuple[str, str]) -> None:
+def test_the_packages_are_listed_for_auditors(
+    client: docker.DockerClient, image: tuple[str, str], tmp_path: Path
+) -> None:
     """``make sbom``, in CycloneDX's form."""
+    command = ["make", "sbom", f"SBOM={tmp_path}", f"PYTHON={sys.executable}"]
+    subprocess.run([*command, f"IMAGES={image[1]}"], cwd=ROOT, check=True)
     name = image[1].rpartition("/")[2].partition(":")[0]
-    written = ROOT / "build" / f"{name}.cdx.json"
-    written.unlink(missing_ok=True)
-    subprocess.run(["make", "sbom", f"IMAGES={image[1]}", f"PYTHON={sys.executable}"], cwd=ROOT, check=True)
-    found = json.loads(written.read_text())
+    found = json.loads((tmp_path / f"{name}.cdx.json").read_text())
     assert found["bomFormat"] == "CycloneDX"
     listed = {part["name"]: part["version"] for part in found["components"]}
     packages = dict(line.split("==") for line in run(client, image[1], "cat", "/opt/venv/packages.txt").splitlines())
     assert listed == packages
+    assert subprocess.run([*command, "IMAGES=spin-test/none:1"], cwd=ROOT).returncode
 
 
 def test_a_component_needs_nothing_else(client: docker.DockerClient, runtime: str, record_property: Record) -> None:

@@ -57,6 +57,8 @@ class Killer:
                     os.killpg(process.pid, signal.SIGTERM)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(GRACE_SECONDS)
+        else:
+            assert process.returncode == 0, f"it failed by itself:\n{self.pipeline.log.read_text()[-5000:]}"
         running = process.returncode != 0
         kill(process)
         said = self.pipeline.log.read_text()
@@ -90,7 +92,8 @@ def curves(pipeline: Pipeline) -> dict[str, list[tuple[int, float]]]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "number" in metafunc.fixturenames:
-        metafunc.parametrize("number", range(int(metafunc.config.getoption("--runs"))))
+        runs, kills = (int(metafunc.config.getoption(name)) for name in ("--runs", "--kills"))
+        metafunc.parametrize("number", range(min(runs, kills)))
 
 
 def test_killed_anywhere_it_ends_the_same(

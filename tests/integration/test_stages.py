@@ -98,11 +98,11 @@ def learn(place: Place, shards: int = 1) -> Index:
 def test_every_stage_leaves_an_index(world: World, played: Played) -> None:
     documents = world.documents("played")
     assert {name.removesuffix(".json") for name in documents} == {
-        *("run", "mlflow", "prepare", "register", "iteration-000/score"),
+        *("run", "mlflow", "shards", "prepare", "register", "iteration-000/score"),
         *(
             f"iteration-00{k}/{stage}"
             for k in (1, 2)
-            for stage in ("shards", "generate-0000-of-0002", "generate-0001-of-0002", "train", "score")
+            for stage in ("generate-0000-of-0002", "generate-0001-of-0002", "train", "score")
         ),
     }
     for stage, index in played.indexes.items():
@@ -304,7 +304,7 @@ def test_order_does_not_depend_on_a_scheduler(world: World) -> None:
     generate(place, 1, 0, 2)
     assert "generate-0001-of-0002" in refusal(train, place, 1, 2)
     assert refusal(generate, place, 1, 0, 3) == (
-        "expected 2 shard(s), as iteration 1 of run 'order' was begun with, got 3; "
+        "expected 2 shard(s), as run 'order' was begun with, got 3; "
         "set shards to that to resume, or choose another run key"
     )
     learn(place, 2)

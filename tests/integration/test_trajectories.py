@@ -43,6 +43,8 @@ PLAIN = {
     "micro_batch_size": 8, "checkpoint_every": 100,
 }  # fmt: skip
 
+VALIDATION_PROMPTS = 3
+"""Odd, so that two processes cannot share them evenly."""
 Begin = Callable[..., str]
 
 
@@ -54,6 +56,7 @@ def begin(world: World, tmp_path_factory: pytest.TempPathFactory) -> Begin:
     """
     folder = tiny.pairs(tmp_path_factory.mktemp("trajectories") / "pairs")
     options = tiny.overrides(world.judge, **PLAIN, objective="dpo")
+    options["score"]["max_prompts"] = VALIDATION_PROMPTS  # type: ignore[index]
     with pytest.MonkeyPatch.context() as patch:
         # Where the hardware multiplies bfloat16, latents would differ from the recorded ones.
         patch.setattr("spin.sampling.fast_precision", lambda _: "fp32")
@@ -157,13 +160,14 @@ def test_two_processes_train_as_one(
 def test_two_processes_choose_the_player_that_one_would(
     world: World, begin: Begin, sharding: str, kept: dict[str, Any]
 ) -> None:
-    """They share the drawing, three prompts over two; the best player is not the last, so it must be brought back."""
+    """They share the drawing of three prompts; the best player is not the last, so it must be brought back."""
     chosen = {"learning_rate": 3e-2, "steps": [6], "validate_every": 1, "patience": 2, "max_winner_drift": 1e9, **kept}
     name = "-".join(["chosen", *kept])
     alone = train(world, begin(f"{name}-{sharding}-alone", **chosen))
     together = train(
         world, begin(f"{name}-{sharding}", **chosen, micro_batch_size=2, sharding=sharding), "--processes=2"
     )
+    assert world.run("drawn").need("prepare", "").facts["validation_rows"] >= VALIDATION_PROMPTS
     scores = [[row["validation_score"] for row in trajectory(world, index)] for index in (alone, together)]
     assert scores[1] == pytest.approx(scores[0], rel=5e-3)
     assert 0 < alone.facts["best_step"] < alone.facts["steps"]
