@@ -100,11 +100,20 @@ SEARCHES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
             for scale in (0.5, 1.0)
         },
     ),
+    "after-sft-mild": (
+        1,
+        {
+            f"b{beta}-s{scale}-lr{lr:g}": {
+                "train": {**SPIN, **MILD, "learning_rate": lr, "beta": [beta], "loser_gradient_scale": scale}
+            }
+            for lr, beta, scale in ((2e-5, 300, 0.1), (2e-5, 3000, 0.5), (5e-6, 300, 0.3), (5e-6, 3000, 1.0))
+        },
+    ),
 }
 """Rounds of self-play and arms of every search, in the order in which they were made: each builds on the last."""
 AFTER_SFT: dict[str, dict[str, Any]] = {
     "sft": {"train": {**SFT, **best_within(50)}},
-    "spin": {"train": {**SPIN, **MILD, "loser_gradient_scale": 0.5}},
+    "spin": {"train": {**SPIN, **MILD, "learning_rate": 2e-5, "loser_gradient_scale": 0.1}},
 }
 """Going on from the player that SFT ends with: with more of it, or with self-play."""
 
@@ -169,7 +178,7 @@ def main(
     """Run the comparison and print its tables."""
     if search and search not in SEARCHES:
         raise SystemExit(f"expected a search of {', '.join(SEARCHES)}, got {search!r}; choose one")
-    after_sft = after_sft or search == "after-sft"
+    after_sft = after_sft or search.startswith("after-sft")
     kind = f"search-{search}" if search else "after-sft" if after_sft else "experiment"
     split: Split = "validation" if search else "test"
     arms, measured = AFTER_SFT if after_sft else ARMS, {"images_per_prompt": 4}
