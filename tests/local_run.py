@@ -43,6 +43,8 @@ class Pipeline:
     log: Path = field(init=False)
     seconds: float = 0.0
     """How long it took."""
+    python_path: str = ""
+    """What its processes import before the project."""
 
     def __post_init__(self) -> None:
         (self.folder / "tmp").mkdir(parents=True)
@@ -73,13 +75,14 @@ class Pipeline:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+                env=dict(os.environ)
                 | self.servers.environment()
                 | {
                     "SPIN_CACHE": str(self.folder / "cache"),
                     "TMPDIR": str(self.folder / "tmp"),
                     "OMP_NUM_THREADS": "1",
                     "PYTHONUNBUFFERED": "1",
+                    "PYTHONPATH": self.python_path,
                 },
             )
 

@@ -19,9 +19,10 @@ class Bucket:
         self.client, self.bucket, self.prefix = client, bucket, prefix
         self.known: dict[str, str] = {}
 
-    def names(self) -> list[str]:
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of every object, by name."""
         found = self.client.list_objects(self.bucket, f"{self.prefix}/", recursive=True)
-        return [str(item.object_name).removeprefix(f"{self.prefix}/") for item in found]
+        return {str(item.object_name).removeprefix(f"{self.prefix}/"): int(item.size or 0) for item in found}
 
     def read(self, name: str) -> bytes:
         with self.client.get_object(self.bucket, f"{self.prefix}/{name}") as answer:
@@ -41,7 +42,8 @@ def broken(bucket: Bucket) -> list[str]:
     - What a listing names is there, whole.
     - What an index or a checkpoint's word names is there, of the size that it says.
     """
-    names = set(bucket.names())
+    sizes = bucket.sizes()
+    names = set(sizes)
     lines = [
         f"{name} holds {bucket.digest(name)}"
         for name in names
@@ -52,7 +54,7 @@ def broken(bucket: Bucket) -> list[str]:
             lines += _listing(bucket, name, names)
         if name.startswith("runs/") and not name.endswith(("/run.json", "/mlflow.json", "/shards.json")):
             refs = _refs(name, bucket.read(name))
-            lines += [f"{name} names {line}" for ref in refs for line in _missing(name, ref, names)]
+            lines += [f"{name} names {line}" for ref in refs for line in _unlike(bucket, name, ref, sizes)]
     return sorted(lines)
 
 
@@ -74,9 +76,15 @@ def _refs(name: str, data: bytes) -> list[Ref]:
     return list(Index.model_validate(document).outputs.values())
 
 
-def _missing(document: str, ref: Ref, names: set[str]) -> Iterator[str]:
+def _unlike(bucket: Bucket, document: str, ref: Ref, sizes: dict[str, int]) -> Iterator[str]:
     name = f"objects/{ref.digest}" if ref.kind == "file" else f"folders/{ref.digest}.json"
     if "/score" in document and document.endswith(".progress.json"):
         name = f"parts/{name}"
-    if name not in names:
+    if name not in sizes:
         yield f"{name}, which is not there"
+        return
+    size = sizes[name]
+    if ref.kind == "folder":
+        size = sum(sizes.get(f"{name.removesuffix('.json')}/{path}", 0) for path in json.loads(bucket.read(name)))
+    if size != ref.size:
+        yield f"{name} of {ref.size} bytes, which has {size}"

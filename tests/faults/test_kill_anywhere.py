@@ -1,7 +1,9 @@
 """Kill the whole pipeline at random moments, start it again, until it is done: it ends as if nothing had happened.
 
 ``--kills`` strikes are spread over ``--runs`` tests (``make faults``: 50 over 10); the usual test run has a few. A run
-that ends before its share of them is checked, and followed by another. Moments and signals follow from ``--seed``.
+that ends before its share of them is checked, and followed by another. Moments and signals follow from ``--seed``; the
+first strike of each test falls into a task of its own, so that every kind of task is hit however short it is. Stages
+store a part for every few images, as they do every few minutes where runs last days.
 """
 
 import contextlib
@@ -13,7 +15,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,13 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(7200)]
 
 GRACE_SECONDS = 30.0
 """What Kubernetes leaves between SIGTERM and SIGKILL unless told otherwise."""
+SMALL_PARTS = Path(__file__).with_name("small_parts")
+TASKS = ("generate-synthetic", "spin-train", "score-metrics", "register-model", "prepare-data", "score-shard")
+"""The tasks that do work, in the order in which tests aim at them."""
 DRAWN = re.compile(r"iteration (\d+): shard (\d+) of \d+: \d+ of \d+ images")
 BEGAN = re.compile(r"Executing task [^']*'([a-z-]+)'")
+IN_FLIGHT = 2 * SHARDS
+"""Batches that a kill may cost: each shard's that is drawn, and the one before it, which is being stored."""
 
 
 @dataclass
@@ -45,11 +52,17 @@ class Killer:
     """How long a run takes that nothing interrupts; less as soon as one was seen to take less."""
     struck: Counter[str]
     """What hit a running task, by task and signal."""
+    drawn: Counter[str] = field(default_factory=Counter)
+    """Batches of losers that were drawn, by shard, over all attempts."""
 
-    def strike(self) -> bool:
-        """Start the pipeline and kill it; return whether it was still running then."""
+    def strike(self, aim: str = "") -> bool:
+        """Start the pipeline and kill it, in the task ``aim`` if given; return whether it was still running then."""
         before, process = self.pipeline.indexes(), self.pipeline.start()
-        moment, evicted, began = self.dice.uniform(2, self.seconds), self.dice.random() < 0.5, time.monotonic()
+        began, evicted = time.monotonic(), self.dice.random() < 0.5
+        while aim and aim not in BEGAN.findall(self.pipeline.log.read_text()) and process.poll() is None:
+            time.sleep(0.1)
+        # A task takes some seconds to import what it needs.
+        moment = self.dice.uniform(0, 6) if aim else self.dice.uniform(2, self.seconds)
         try:
             process.wait(moment)
         except subprocess.TimeoutExpired:
@@ -76,8 +89,9 @@ class Killer:
         now = self.pipeline.indexes()
         for stage, index in before.items():
             assert index is None or now[stage] == index, f"{stage} was made again:\n{said[-3000:]}"
-        drawn = {shard_stage(int(k), int(shard) - 1, SHARDS) for k, shard in DRAWN.findall(said)}
+        drawn = Counter(shard_stage(int(k), int(shard) - 1, SHARDS) for k, shard in DRAWN.findall(said))
         assert not {stage for stage in drawn if before[stage]}, said[-3000:]
+        self.drawn += drawn
 
 
 def curves(pipeline: Pipeline) -> dict[str, list[tuple[int, float]]]:
@@ -112,16 +126,26 @@ def test_killed_anywhere_it_ends_the_same(
     wanted, shown = whole.digests(), curves(whole)
     struck: Counter[str] = Counter()
     client, dice, ended, seconds = minio_of(whole.servers), random.Random(f"{seed}-{number}"), 0, whole.seconds
+    batches = Counter(
+        {stage: index.facts["batches"] for stage, index in whole.indexes().items() if "/generate-" in stage}
+    )
+    aim, again = TASKS[number % len(TASKS)], 0
     while struck.total() < share:
         key = f"killed-{seed}-{number}-{ended}"
-        pipeline = Pipeline(whole.servers, tmp_path / key, tiny_run_options, key)
+        pipeline = Pipeline(whole.servers, tmp_path / key, tiny_run_options, key, python_path=str(SMALL_PARTS))
         killer = Killer(pipeline, Bucket(client, "spin", key), dice, seconds, struck)
-        while struck.total() < share and killer.strike():
+        earlier = struck.total()
+        while struck.total() < share and killer.strike("" if struck else aim):
             pass
         before = pipeline.indexes()
         killer.look(before, pipeline.succeed())
         ended, seconds = ended + 1, killer.seconds
+        twice = (killer.drawn - batches).total()
+        assert twice <= IN_FLIGHT * (struck.total() - earlier), f"seed {seed}, {key}: {killer.drawn}"
+        again += twice
         assert pipeline.digests() == wanted, f"seed {seed}, {key}: {struck}"
         assert curves(pipeline) == shown, f"seed {seed}, {key}: {struck}"
-    for name, value in {"seed": seed, "runs": ended, "seconds": round(whole.seconds), **struck}.items():
+    assert any(name.startswith(aim) for name in struck), f"{aim} was not hit: {struck}"
+    found = {"seed": seed, "runs": ended, "seconds": round(whole.seconds), "batches drawn twice": again, **struck}
+    for name, value in found.items():
         record_property(name, value)
