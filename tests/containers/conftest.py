@@ -30,6 +30,7 @@ KEPT = ROOT / "build" / "docker"
 BASE_IMAGE = "spin-test/python:bookworm"
 BAKE = json.loads((ROOT / "images" / "docker-bake.json").read_text())
 VARIABLES = {"REGISTRY": "spin-test", "VERSION": "0.1.0", "COMMIT": "c0ffee"}
+VARIABLES |= {"SOURCE": "https://git.example/spin", "CREATED": "2026-01-01T00:00:00Z"}
 TORCH_INDEX = BAKE["target"]["runtime-cpu"]["args"]["TORCH_INDEX"]
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 
@@ -118,9 +119,9 @@ def baked(name: str) -> dict[str, Any]:
     return found
 
 
-def _build(name: str, folder: Path, **arguments: str) -> str:
+def _build(name: str, folder: Path, tag: str = "", **arguments: str) -> str:
     target = baked(name)
-    (tag,) = target["tags"]
+    tag = tag or target["tags"][0]
     # This machine's way to PyPI, if it has one of its own; as secrets, so that nothing of it stays in the image.
     settings = folder / "pip.conf"
     listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
@@ -173,6 +174,13 @@ def torch_index(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def runtime(base_image: str, torch_index: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return the CPU runtime image's name."""
     return _build("runtime-cpu", tmp_path_factory.mktemp("runtime"), BASE_IMAGE=base_image, TORCH_INDEX=torch_index)
+
+
+@pytest.fixture(scope="session")
+def compiling(base_image: str, torch_index: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the name of the CPU runtime image with what the CUDA one has besides CUDA."""
+    arguments = {"BASE_IMAGE": base_image, "TORCH_INDEX": torch_index, "COMPILER": baked("runtime")["args"]["COMPILER"]}
+    return _build("runtime-cpu", tmp_path_factory.mktemp("compiling"), tag="spin-test/compiling:0.1.0", **arguments)
 
 
 @pytest.fixture(scope="session")
