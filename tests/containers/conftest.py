@@ -119,15 +119,19 @@ def baked(name: str) -> dict[str, Any]:
     return found
 
 
-def _build(name: str, folder: Path, tag: str = "", **arguments: str) -> str:
+def _build(name: str, folder: Path, stage: str = "", **arguments: str) -> str:
     target = baked(name)
-    tag = tag or target["tags"][0]
+    (tag,) = target["tags"]
     # This machine's way to PyPI, if it has one of its own; as secrets, so that nothing of it stays in the image.
     settings = folder / "pip.conf"
     listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
     cert = CERTIFICATES if "cert=" in listed else ""
     settings.write_text(f"[global]\ntimeout = 180\n{f'cert = {cert}' if cert else ''}\n")
-    command = [_program(), "build", "--network=host", "--file", target["dockerfile"], "--tag", tag]
+    command = [_program(), "build", "--network=host", "--file", target["dockerfile"]]
+    if stage:
+        tag = f"{tag}-{stage}"
+        command += ["--target", stage]
+    command += ["--tag", tag]
     command += ["--secret", f"id=pip,src={settings}"]
     if cert:
         command += ["--secret", f"id=ca,src={CERTIFICATES}"]
@@ -177,10 +181,9 @@ def runtime(base_image: str, torch_index: str, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="session")
-def compiling(base_image: str, torch_index: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return the name of the CPU runtime image with what the CUDA one has besides CUDA."""
-    arguments = {"BASE_IMAGE": base_image, "TORCH_INDEX": torch_index, "COMPILER": baked("runtime")["args"]["COMPILER"]}
-    return _build("runtime-cpu", tmp_path_factory.mktemp("compiling"), tag="spin-test/compiling:0.1.0", **arguments)
+def cuda_base(base_image: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the name of what the CUDA runtime image begins with."""
+    return _build("runtime", tmp_path_factory.mktemp("runtime"), stage="base", BASE_IMAGE=base_image)
 
 
 @pytest.fixture(scope="session")

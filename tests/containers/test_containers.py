@@ -85,14 +85,14 @@ def test_nothing_to_build_with_and_nothing_of_this_machine_is_left(
 
 
 def test_the_cuda_image_can_compile(
-    client: docker.DockerClient, runtime: str, compiling: str, record_property: Record
+    client: docker.DockerClient, base_image: str, cuda_base: str, record_property: Record
 ) -> None:
     """As Triton does for every kernel that torch.compile makes: a C module for this Python, as the image's user."""
-    options = {"tmpfs": {"/tmp": f"{RESTRICTED['tmpfs']['/tmp']},exec"}}
-    assert run(client, compiling, "python3", "-c", COMPILE, **options).strip() == "42"
-    tools = run(client, compiling, "sh", "-c", "for tool in make git; do command -v $tool; done; true")
+    options = {"tmpfs": {"/tmp": f"{RESTRICTED['tmpfs']['/tmp']},exec"}, "user": str(USER)}
+    assert run(client, cuda_base, "python3", "-c", COMPILE, **options).strip() == "42"
+    tools = run(client, cuda_base, "sh", "-c", "for tool in make git; do command -v $tool; done; true")
     assert not tools, "no more than torch.compile needs"
-    more = client.images.get(compiling).attrs["Size"] - client.images.get(runtime).attrs["Size"]
+    more = client.images.get(cuda_base).attrs["Size"] - client.images.get(base_image).attrs["Size"]
     record_property("megabytes of the compiler", round(more / 1e6))
     assert more < 3e8
 
