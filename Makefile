@@ -37,14 +37,16 @@ faults: $(READY) ## Kill whole pipelines 50 times, at other moments each time, a
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/faults \
 	  --kills 50 --runs 10 --pairs 100000 --seed $(or $(SEED),$(shell date +%s))
 
-test-docker: $(READY) ## The images, and the pipeline in containers; skipped without a docker daemon
+test-docker: $(READY) ## The images, and the pipeline in containers; skipped without a docker daemon, unless CI=true
 	@$(BIN)/python -m pytest -m docker -rs tests/containers
 
 images: ## Build the CUDA runtime image and the MLflow server image
 	docker buildx bake -f images/docker-bake.json
 
-sbom: ## Write a CycloneDX list of each image's Python packages to build/
-	@$(PYTHON) -m venv build/sbom && build/sbom/bin/pip install --quiet cyclonedx-bom==7.5.0
+build/sbom/.ready: Makefile
+	$(PYTHON) -m venv build/sbom && build/sbom/bin/pip install --quiet cyclonedx-bom==7.5.0 && touch $@
+
+sbom: build/sbom/.ready ## Write a CycloneDX list of each image's Python packages to build/
 	@for image in $(IMAGES); do name=$${image##*/}; list=$(SBOM)/$${name%%:*}; \
 	  docker run --rm $$image cat /opt/venv/packages.txt > $$list.txt \
 	  && build/sbom/bin/cyclonedx-py requirements $$list.txt --output-file $$list.cdx.json || exit; \

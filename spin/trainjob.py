@@ -21,6 +21,8 @@ POD_LABELS = LABELS | {
     # A proxy beside it would stand between the nodes, and go on when training has ended.
     "sidecar.istio.io/inject": "false",
 }
+QUEUE = "kueue.x-k8s.io/queue-name"
+"""Kueue's label of what waits in a queue, and which."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,12 @@ def document(
     }
     if settings.env:
         trainer["env"] = list(settings.env)
+    # A launcher that had to wait for its resources makes its nodes wait for theirs, all of them at once.
+    queue = {key: value for key, value in launcher["metadata"].get("labels", {}).items() if key == QUEUE}
     return {
         "apiVersion": f"{TRAINER}/{TRAINER_VERSION}",
         "kind": "TrainJob",
-        "metadata": {"name": name, "labels": LABELS, "ownerReferences": owners(launcher)},
+        "metadata": {"name": name, "labels": LABELS | queue, "ownerReferences": owners(launcher)},
         "spec": {
             "runtimeRef": {"name": RUNTIME},
             "trainer": trainer,

@@ -10,7 +10,6 @@ from spin.trainjob import POD_LABELS
 Object = dict[str, Any]
 WORKLOADS = {"Deployment", "StatefulSet", "Job", "CronJob"}
 CLUSTER_WIDE = {"Namespace", "ClusterRole", "ClusterRoleBinding", "PriorityClass", "ResourceFlavor", "ClusterQueue"}
-CLUSTER_WIDE |= {"WorkloadPriorityClass"}
 VOLUMES = {"configMap", "secret", "emptyDir", "persistentVolumeClaim", "projected", "downwardAPI", "ephemeral", "csi"}
 """Kinds of volumes that the restricted Pod Security Standard allows."""
 SECRET_NAME = re.compile(r"PASSWORD|SECRET|TOKEN|ACCESS_KEY|STORE_URI")
@@ -118,6 +117,20 @@ def secrets(objects: list[Object]) -> Iterator[str]:
             for variable in container.get("env", []):
                 if SECRET_NAME.search(variable["name"]) and "value" in variable:
                     yield f"{name_of(item)}: {variable['name']} comes from a secret"
+            for word in [*container.get("command", []), *container.get("args", [])]:
+                if found := re.search(rf"\$\(\w*({SECRET_NAME.pattern})\w*\)", word):
+                    yield f"{name_of(item)}: {found[0]} stands among the arguments of a process, for others to read"
+
+
+def queue(objects: list[Object]) -> Iterator[str]:
+    """Where runs are queued, their namespace has no quota of what the queue shares out: it refuses those who wait."""
+    queued = {namespace_of(item) for item in objects if item["kind"] == "LocalQueue"}
+    groups = [group for item in objects if item["kind"] == "ClusterQueue" for group in item["spec"]["resourceGroups"]]
+    shared = {name for group in groups for name in group["coveredResources"]}
+    for item in objects:
+        if item["kind"] == "ResourceQuota" and namespace_of(item) in queued:
+            held = {name.removeprefix("requests.") for name in item["spec"]["hard"]} & shared
+            yield from (f"{name_of(item)}: {name} is the queue's" for name in sorted(held))
 
 
 def _keys_needed(item: Object, pod: Object) -> Iterator[tuple[str, str, str]]:
@@ -171,10 +184,50 @@ def references(objects: list[Object], known_secrets: list[Object]) -> Iterator[s
                 for port in item["spec"]["ports"]:
                     if not any(port["targetPort"] in pod.ports for pod in chosen):
                         yield f"{name_of(item)}: port {port['targetPort']} of its pod"
+        for kind, name in _queues_needed(item):
+            if (kind, "", name) not in there:
+                yield f"{name_of(item)}: {kind} {name}"
+        if item["kind"] == "LocalQueue":
+            yield from _lets_in(item, objects)
+        for host, number in _destinations(item):
+            ports = [
+                port["port"]
+                for service in objects
+                if service["kind"] == "Service"
+                and host == f"{service['metadata']['name']}.{namespace_of(service)}.svc.cluster.local"
+                for port in service["spec"]["ports"]
+            ]
+            if number not in ports:
+                yield f"{name_of(item)}: a Service at {host}:{number}"
         if "roleRef" in item:
             kind, namespace = item["roleRef"]["kind"], namespace_of(item)
             if (kind, "" if kind in CLUSTER_WIDE else namespace, item["roleRef"]["name"]) not in there:
                 yield f"{name_of(item)}: {kind} {item['roleRef']['name']}"
+
+
+def _queues_needed(item: Object) -> Iterator[tuple[str, str]]:
+    """Give (kind, name) of the objects of Kueue that one names."""
+    if item["kind"] == "LocalQueue":
+        yield "ClusterQueue", item["spec"]["clusterQueue"]
+    if item["kind"] == "ClusterQueue":
+        for group in item["spec"]["resourceGroups"]:
+            yield from (("ResourceFlavor", flavor["name"]) for flavor in group["flavors"])
+
+
+def _lets_in(local: Object, objects: list[Object]) -> Iterator[str]:
+    here = {"kubernetes.io/metadata.name": namespace_of(local)}
+    for item in objects:
+        meant = item["kind"] == "ClusterQueue" and item["metadata"]["name"] == local["spec"]["clusterQueue"]
+        if meant and not matches(item["spec"]["namespaceSelector"], here):
+            yield f"{name_of(item)}: lets the namespace {namespace_of(local)} in"
+
+
+def _destinations(item: Object) -> Iterator[tuple[str, int]]:
+    """Give the (host, port) that a VirtualService leads to."""
+    if item["kind"] == "VirtualService":
+        for rule in item["spec"]["http"]:
+            for route in rule.get("route", []):
+                yield route["destination"]["host"], route["destination"]["port"]["number"]
 
 
 @dataclass(frozen=True)

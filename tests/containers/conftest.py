@@ -1,4 +1,5 @@
-"""A docker daemon, a base image and both images, as the bake file has them; what is missing skips the tests.
+"""A docker daemon, a base image and both images, as the bake file has them; what is missing skips the tests, or, with
+CI=true, fails them.
 
 No registry is needed: the base image is a Debian with Python, made here. PyTorch for the CPU comes from its usual
 index, or, where that is out of reach, from wherever pip found the one of this environment. What was built is kept in
@@ -17,7 +18,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, NoReturn
 
 import docker
 import pytest
@@ -29,8 +30,16 @@ KEPT = ROOT / "build" / "docker"
 BASE_IMAGE = "spin-test/python:bookworm"
 BAKE = json.loads((ROOT / "images" / "docker-bake.json").read_text())
 VARIABLES = {"REGISTRY": "spin-test", "VERSION": "0.1.0", "COMMIT": "c0ffee"}
+VARIABLES |= {"SOURCE": "https://git.example/spin", "CREATED": "2026-01-01T00:00:00Z"}
 TORCH_INDEX = BAKE["target"]["runtime-cpu"]["args"]["TORCH_INDEX"]
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+
+
+def _without(reason: str) -> NoReturn:
+    """End a test that cannot run here."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
 
 
 def _answers() -> bool:
@@ -47,7 +56,7 @@ def daemon() -> Iterator[None]:
         yield
         return
     if not shutil.which("dockerd") or os.geteuid():
-        pytest.skip("no docker daemon answers, and none can be started here: that needs dockerd and root")
+        _without("no docker daemon answers, and none can be started here: that needs dockerd and root")
     KEPT.mkdir(parents=True, exist_ok=True)
     socket = KEPT / "docker.sock"
     with (KEPT / "dockerd.log").open("w") as log, pytest.MonkeyPatch.context() as patch:
@@ -64,7 +73,7 @@ def daemon() -> Iterator[None]:
             deadline = time.monotonic() + 60
             while not _answers():
                 if process.poll() is not None or time.monotonic() > deadline:
-                    pytest.skip(f"dockerd does not start: see {KEPT / 'dockerd.log'}")
+                    _without(f"dockerd does not start: see {KEPT / 'dockerd.log'}")
                 time.sleep(0.5)
             yield
         finally:
@@ -88,7 +97,7 @@ def _program() -> str:
 def base_image(client: docker.DockerClient) -> str:
     if not client.images.list(BASE_IMAGE):
         if not shutil.which("debootstrap"):
-            pytest.skip(f"no image {BASE_IMAGE}, and no debootstrap to make one")
+            _without(f"no image {BASE_IMAGE}, and no debootstrap to make one")
         folder = KEPT / "debian"
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +119,7 @@ def baked(name: str) -> dict[str, Any]:
     return found
 
 
-def _build(name: str, folder: Path, **arguments: str) -> str:
+def _build(name: str, folder: Path, stage: str = "", **arguments: str) -> str:
     target = baked(name)
     (tag,) = target["tags"]
     # This machine's way to PyPI, if it has one of its own; as secrets, so that nothing of it stays in the image.
@@ -118,7 +127,11 @@ def _build(name: str, folder: Path, **arguments: str) -> str:
     listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
     cert = CERTIFICATES if "cert=" in listed else ""
     settings.write_text(f"[global]\ntimeout = 180\n{f'cert = {cert}' if cert else ''}\n")
-    command = [_program(), "build", "--network=host", "--file", target["dockerfile"], "--tag", tag]
+    command = [_program(), "build", "--network=host", "--file", target["dockerfile"]]
+    if stage:
+        tag = f"{tag}-{stage}"
+        command += ["--target", stage]
+    command += ["--tag", tag]
     command += ["--secret", f"id=pip,src={settings}"]
     if cert:
         command += ["--secret", f"id=ca,src={CERTIFICATES}"]
@@ -146,7 +159,7 @@ def torch_index(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         wanted = f"torch=={torch.__version__}"
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder / "torch", wanted]
         if subprocess.run(command, capture_output=True).returncode:
-            pytest.skip(f"{TORCH_INDEX} is out of reach, and pip finds no {wanted} elsewhere")
+            _without(f"{TORCH_INDEX} is out of reach, and pip finds no {wanted} elsewhere")
         handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
         try:
             # Always the same port: the address is part of what a built layer is found again by.
@@ -165,6 +178,12 @@ def torch_index(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def runtime(base_image: str, torch_index: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return the CPU runtime image's name."""
     return _build("runtime-cpu", tmp_path_factory.mktemp("runtime"), BASE_IMAGE=base_image, TORCH_INDEX=torch_index)
+
+
+@pytest.fixture(scope="session")
+def cuda_base(base_image: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the name of what the CUDA runtime image begins with."""
+    return _build("runtime", tmp_path_factory.mktemp("runtime"), stage="base", BASE_IMAGE=base_image)
 
 
 @pytest.fixture(scope="session")

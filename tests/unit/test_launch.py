@@ -18,7 +18,7 @@ from spin.errors import SpinError
 from spin.run import Index
 from spin.stages import Place, launch
 from spin.store import Ref
-from spin.trainjob import PodSettings, name_of
+from spin.trainjob import LABELS, PodSettings, name_of
 from tests.kubernetes_api import Step, Trainer, api_server, schema_fault
 
 PLACE = Place("a_Run.1", "s3://spin/runs", "http://s3:9000", "http://mlflow:5000")
@@ -117,6 +117,17 @@ def test_a_train_job_from_creation_to_completion(tmp_path: Path, capsys: pytest.
     assert (pod["nodeSelector"], pod["tolerations"]) == (SETTINGS.node_selector, SETTINGS.tolerations)
     assert pod["volumes"] == [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "16Gi"}}]
     assert pod["securityContext"]["runAsNonRoot"] is True
+
+
+def test_it_waits_in_the_queue_of_the_pod_that_launches_it(tmp_path: Path) -> None:
+    """Kueue's label, which the namespace's default queue or a person gave that pod; no queue, no label."""
+    queues: list[dict[str, str]] = []
+    for labels in ({}, {"kueue.x-k8s.io/queue-name": "default", "pipeline/runid": "1"}):
+        trainer = Trainer([lambda _, job: queues.append(job["metadata"]["labels"]), end("Complete")])
+        trainer.pods["launcher"]["metadata"]["labels"] = labels
+        with served(tmp_path, trainer):
+            run()
+    assert queues == [LABELS, LABELS | {"kueue.x-k8s.io/queue-name": "default"}]
 
 
 def test_names_fit_into_host_names() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import runpy
 import shutil
 import subprocess
@@ -9,24 +10,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from mlflow.server.security_utils import should_block_cors_request
 
 from pipelines.compiled import check_parameters
-from tests import policy
+from tests import custom_resources, policy
 
 ROOT = Path(__file__).parents[2]
 MANIFESTS = ROOT / "manifests"
 GOLDEN = ROOT / "tests" / "golden"
 OVERLAYS = sorted(path.name for path in (MANIFESTS / "overlays").iterdir())
 KUBECTL = Path(sys.executable).with_name("kubectl")
-# Custom resources, whose schemas come with their controllers.
-CUSTOM = {"networking.istio.io/v1", "kueue.x-k8s.io/v1beta1"}
 # Servers that keep data in the cluster are part of an overlay, or made by the administrator as the page says.
 EXTERNAL = {"production": {"postgres", "s3-root", "s3-users"}}
 
 RULES = [policy.pod_security, policy.resources, policy.probes, policy.labels, policy.images, policy.secrets]
+RULES += [policy.queue]
 
 
 def render(folder: Path) -> str:
@@ -69,7 +71,9 @@ def test_it_renders_as_expected(overlay: str, text: str) -> None:
 
 def test_every_object_is_valid(objects: list[policy.Object]) -> None:
     for item in objects:
-        if item["apiVersion"] not in CUSTOM:
+        if custom_resources.is_custom(item):
+            custom_resources.validate(item)
+        else:
             kubernetes_validate.validate(item, kubernetes_validate.latest_version(), strict=True)
 
 
@@ -78,6 +82,35 @@ def test_an_unknown_field_is_not_valid(objects: list[policy.Object]) -> None:
     item["spec"]["template"]["spec"]["containers"][0]["imagePolicy"] = "Always"
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(item, kubernetes_validate.latest_version(), strict=True)
+
+
+# A mistake in each kind of custom resource: the path to what is changed, its new value.
+MISTAKES = [
+    ("VirtualService", ["spec", "http", 0, "matches"], []),
+    ("VirtualService", ["spec", "http", 1, "match", 0, "uri"], {"prefx": "/mlflow/"}),
+    ("VirtualService", ["spec", "http", 1, "route", 0, "destination", "port"], 5000),
+    ("VirtualService", ["apiVersion"], "networking.istio.io/v1alpha3"),
+    ("ClusterQueue", ["spec", "resourceGroups", 0, "flavors", 0, "quota"], 8),
+    ("ClusterQueue", ["spec", "resourceGroups", 0, "flavors", 0, "resources", 2, "name"], "nvidia.com/gpus"),
+    ("ClusterQueue", ["spec", "queueingStrategy"], "FIFO"),
+    # The name that the field had in v1beta1.
+    ("ClusterQueue", ["spec", "cohort"], "all"),
+    ("ClusterQueue", ["apiVersion"], "kueue.x-k8s.io/v1beta1"),
+    ("ResourceFlavor", ["spec", "nodeLabel"], {}),
+    ("LocalQueue", ["spec", "clusterqueue"], "spin-runs"),
+    ("LocalQueue", ["metadata", "name"], 1),
+]
+
+
+@pytest.mark.parametrize(("kind", "path", "value"), MISTAKES)
+def test_a_mistake_in_a_custom_resource_is_seen(kind: str, path: list[Any], value: Any) -> None:
+    item = next(item for item in _golden("production") if item["kind"] == kind)
+    node: Any = item
+    for part in path[:-1]:
+        node = node[part]
+    node[path[-1]] = value
+    with pytest.raises((jsonschema.ValidationError, kubernetes_validate.SchemaNotFoundError)):
+        test_every_object_is_valid([item])
 
 
 def test_names_are_unique(objects: list[policy.Object]) -> None:
@@ -104,9 +137,51 @@ def test_connections_are_allowed_at_both_ends(objects: list[policy.Object]) -> N
     assert list(policy.network(objects)) == []
 
 
-def test_the_gpu_pools_are_pipeline_parameters(objects: list[policy.Object]) -> None:
+def test_the_page_behind_the_gateway_may_ask_for_runs(overlay: str, objects: list[policy.Object]) -> None:
+    """By MLflow's own rule: its page asks by POST, from the gateway's origin; nobody else may."""
+    settings = next(i["data"] for i in objects if i["kind"] == "ConfigMap" and "MLFLOW_S3_ENDPOINT_URL" in i["data"])
+    gateways = [item for item in objects if item["kind"] == "VirtualService"]
+    assert bool(gateways) == (overlay in ("kubeflow", "production"))
+    origins = settings.get("MLFLOW_SERVER_CORS_ALLOWED_ORIGINS", "").split(",") if gateways else None
+    assert should_block_cors_request("https://kubeflow.example", "POST", origins) == (not gateways)
+    assert should_block_cors_request("https://elsewhere.example", "POST", origins)
+    for item in gateways:
+        assert [rule["match"] for rule in item["spec"]["http"]] == [
+            [{"uri": {"exact": "/mlflow"}}],
+            [{"uri": {"prefix": "/mlflow/"}}],
+        ]
+        assert item["spec"]["http"][0]["redirect"]["uri"] == "/mlflow/"
+
+
+def test_a_setting_that_changes_restarts_the_server(objects: list[policy.Object]) -> None:
+    """The config map is named after its content."""
+    server = next(item for item in objects if policy.name_of(item) == "Deployment/mlflow")
+    (source,) = policy.template_of(server)["spec"]["containers"][0]["envFrom"]
+    assert re.fullmatch(r"mlflow-[a-z0-9]{10}", source["configMapRef"]["name"])
+
+
+def test_names_are_looked_up_where_gke_answers(overlay: str, objects: list[policy.Object]) -> None:
+    """Its DNS cache has an address of the node, which no selector of pods chooses."""
+    cache = {"ipBlock": {"cidr": "169.254.20.10/32"}}
+    rules = [rule for item in objects if item["kind"] == "NetworkPolicy" for rule in item["spec"].get("egress", [])]
+    names = [rule for rule in rules if 53 in [port["port"] for port in rule.get("ports", [])]]
+    assert len(names) == 2
+    for rule in names:
+        assert (cache in rule["to"]) == (overlay == "gke-a100")
+        assert {port["protocol"] for port in rule["ports"]} == {"TCP", "UDP"}
+
+
+def test_no_limit_is_below_what_a_pod_asks_for(objects: list[policy.Object]) -> None:
+    """A default limit would be given to a notebook that asks for more, which is then refused."""
+    for item in objects:
+        if item["kind"] == "LimitRange":
+            assert all("default" not in limit for limit in item["spec"]["limits"])
+
+
+def test_the_gpu_pools_are_pipeline_parameters(overlay: str, objects: list[policy.Object]) -> None:
     pools = next(item for item in objects if item["metadata"]["name"] == "spin-gpu-pools")["data"]
-    assert {"a100-80gb.yaml", "a100-40gb.yaml", "h100.yaml", "cpu.yaml"} == set(pools)
+    spot = {"a100-80gb-spot.yaml"} if overlay == "gke-a100" else set()
+    assert {"a100-80gb.yaml", "a100-40gb.yaml", "h100.yaml", "cpu.yaml"} | spot == set(pools)
     for text in pools.values():
         check_parameters(GOLDEN / "spin-diffusion.yaml", yaml.safe_load(text))
 
@@ -130,6 +205,7 @@ BROKEN = [
     (policy.images, "Deployment", ["containers", 0, "image"], "spin-diffusion/mlflow:latest"),
     (policy.images, "Deployment", ["containers", 0, "image"], "spin-diffusion/mlflow:3"),
     (policy.secrets, "Deployment", ["containers", 0, "env", 0], {"name": "AWS_SECRET_ACCESS_KEY", "value": "x"}),
+    (policy.secrets, "Job", ["containers", 0, "args"], ["mlflow", "db", "upgrade", "$(MLFLOW_BACKEND_STORE_URI)"]),
 ]
 
 
@@ -148,10 +224,42 @@ def test_the_rules_see_what_they_forbid(rule: Any, kind: str, path: list[Any], v
 
 def test_missing_references_are_seen(secrets: list[policy.Object]) -> None:
     objects = _golden("kind")
-    for left_out in ("ConfigMap/mlflow", "ServiceAccount/s3", "PriorityClass/spin-platform", "Service/postgres"):
-        assert list(policy.references([i for i in objects if policy.name_of(i) != left_out], secrets)), left_out
+    for left_out in ("ConfigMap/mlflow-", "ServiceAccount/s3", "PriorityClass/spin-platform", "Service/postgres"):
+        kept = [item for item in objects if not policy.name_of(item).startswith(left_out)]
+        assert len(kept) < len(objects)
+        assert list(policy.references(kept, secrets)), left_out
     for name in ("mlflow-s3", "postgres", "s3-users"):
         assert list(policy.references(objects, [i for i in secrets if i["metadata"]["name"] != name])), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "value"),
+    [
+        ("VirtualService", ["http", 1, "route", 0, "destination", "host"], "mlflow.mlflw.svc.cluster.local"),
+        ("VirtualService", ["http", 1, "route", 0, "destination", "port", "number"], 500),
+        ("LocalQueue", ["clusterQueue"], "spin"),
+        ("ClusterQueue", ["resourceGroups", 0, "flavors", 0, "name"], "spin-a100"),
+        ("ClusterQueue", ["namespaceSelector", "matchLabels", "kubernetes.io/metadata.name"], "another"),
+    ],
+)
+def test_missing_ends_of_routes_and_queues_are_seen(
+    kind: str, path: list[Any], value: Any, secrets: list[policy.Object]
+) -> None:
+    objects = _golden("production")
+    node: Any = next(item for item in objects if item["kind"] == kind)["spec"]
+    assert not list(policy.references(objects, secrets))
+    for part in path[:-1]:
+        node = node[part]
+    node[path[-1]] = value
+    assert list(policy.references(objects, secrets))
+
+
+def test_a_quota_that_refuses_what_should_wait_is_seen() -> None:
+    objects = _golden("production")
+    assert not list(policy.queue(objects))
+    quota = next(item for item in objects if item["kind"] == "ResourceQuota")
+    quota["spec"]["hard"]["requests.nvidia.com/gpu"] = "8"
+    assert list(policy.queue(objects))
 
 
 @pytest.mark.parametrize(
