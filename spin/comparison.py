@@ -1,8 +1,10 @@
 """Rivals on equal terms: one data set, one base, equal budgets; the tables that tell them apart.
 
 A comparison is a prepared run whose base has been scored, and one run per arm and training seed that begins from the
-same data set, base and base scores. A rival of self-play without steps of its own gets as many as cost what the dearest
-self-play arm does when it plays all its iterations (``spin.budget``); where the rate decays, it decays over them.
+same data set, base and base scores. One self-play arm is the budget, in passes through the denoiser (``spin.budget``):
+the one named ``spin``, else the first by name, approximate ones before exact ones. A rival without steps of its own gets as
+many as cost what that arm does when it plays all its iterations, and an ``exact-spin`` arm those of each iteration; where
+the rate decays, it decays over them.
 """
 
 import re
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from spin.budget import passes, steps_for
+from spin.budget import passes, passes_in, steps_for
 from spin.config import RunConfig, override
 from spin.emoji import Split
 from spin.errors import SpinError
@@ -79,14 +81,12 @@ def arms_of(
     arms = dict(sorted(arms.items()))
     configs = {name: _laid_over(shared, name, arm) for name, arm in arms.items()}
     given = {name: arm.get("train", {}) for name, arm in arms.items()}
-    budgets = [passes(c, pairs, iterations) for c in configs.values() if c.train.objective in SELF_PLAY]
-    for name, config in configs.items():
-        if config.train.objective not in SELF_PLAY and budgets and "steps" not in given[name]:
-            steps = steps_for(config, pairs, max(budgets))
-            train: dict[str, Any] = {"steps": [steps]}
-            if config.train.decay_steps and "decay_steps" not in given[name]:
-                train["decay_steps"] = steps
-            configs[name] = override(config, {"train": train})
+    for name, steps in _steps(configs, pairs, iterations).items():
+        if "steps" not in given[name]:
+            train: dict[str, Any] = {"steps": steps}
+            if configs[name].train.decay_steps and "decay_steps" not in given[name]:
+                train["decay_steps"] = max(steps)
+            configs[name] = override(configs[name], {"train": train})
     return [
         Arm(
             name,
@@ -100,6 +100,22 @@ def arms_of(
         for seed in range(seeds)
         for name, config in configs.items()
     ]
+
+
+def _steps(configs: Mapping[str, RunConfig], pairs: int, iterations: int) -> dict[str, list[int]]:
+    """Return the steps per iteration by which arms cost what the arm that is the budget costs."""
+    players = {name: config for name, config in configs.items() if config.train.objective in SELF_PLAY}
+    if not players:
+        return {}
+    first = min(players, key=lambda name: (players[name].train.objective != "spin", name != "spin", name))
+    found = {}
+    for name, config in configs.items():
+        if name not in players:
+            found[name] = [steps_for(config, pairs, passes(players[first], pairs, iterations))]
+        elif config.train.objective != "spin" and name != first:
+            budgets = [passes_in(players[first], pairs, k) for k in range(1, iterations + 1)]
+            found[name] = [steps_for(config, pairs, budget) for budget in budgets]
+    return found
 
 
 def _laid_over(shared: RunConfig, name: str, arm: Mapping[str, Any]) -> RunConfig:

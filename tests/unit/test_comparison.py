@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spin.budget import passes, steps_for
+from spin.budget import passes, passes_in, steps_for
 from spin.comparison import ARMS, Row, arms_of, best, compare, costs
+from spin.config import override
 from spin.errors import SpinError
 from spin.presets import preset
 from spin.report import comparison
@@ -60,9 +61,9 @@ def rows(tmp_path: Path) -> list[Row]:
 def test_rivals_get_the_budget_of_self_play() -> None:
     arms = {arm.name: arm for arm in arms_of("run", SHARED, ARMS, iterations=3, seeds=1, pairs=322)}
     budget = passes(arms["spin"].config, 322, 3)
-    for name in ("sft", "sft-lora"):
+    for name in ("sft", "sft-lora", "dpo"):
         spent = passes(arms[name].config, 322, 1)
-        assert 0 <= budget - spent < 3 * arms[name].config.train.batch_size
+        assert 0 <= budget - spent < (8 if name == "dpo" else 3) * arms[name].config.train.batch_size
         assert arms[name].iterations == 1
     assert arms["spin"].iterations == 3
     assert arms["spin"].config.train.steps == SHARED.train.steps
@@ -73,14 +74,39 @@ def test_given_steps_stay() -> None:
     assert arm.config.train.steps == (7,)
 
 
-def test_the_dearest_self_play_is_the_budget_whatever_the_order() -> None:
-    """KFP hands mappings over in any order."""
-    lengths = {name: {"train": {"steps": [steps]}} for name, steps in (("a", 10), ("b", 90), ("c", 20))}
-    arms = {"sft": {"train": {"objective": "sft"}}, **lengths}
+@pytest.mark.parametrize(
+    ("names", "payer"), [(["a", "b", "spin"], "spin"), (["a", "b"], "a"), (["exact", "b"], "b"), (["exact"], "exact")]
+)
+def test_one_self_play_arm_is_the_budget_whatever_the_order(names: list[str], payer: str) -> None:
+    """The one named spin, else the first by name, approximate ones before exact ones; KFP hands over in any order."""
+    options: dict[str, Any] = {
+        "a": {"steps": [90]},
+        "b": {"steps": [10]},
+        "spin": {"steps": [20]},
+        "exact": {"objective": "exact-spin", "steps": [7]},
+    }
+    arms = {"sft": {"train": {"objective": "sft"}}, **{name: {"train": options[name]} for name in names}}
     found = [arms_of("run", SHARED, dict(order), 2, 1, 322) for order in (arms.items(), reversed(arms.items()))]
     assert found[0] == found[1]
     by_name = {arm.name: arm.config for arm in found[0]}
-    assert by_name["sft"].train.steps[0] == steps_for(by_name["sft"], 322, passes(by_name["b"], 322, 2))
+    assert by_name["sft"].train.steps[0] == steps_for(by_name["sft"], 322, passes(by_name[payer], 322, 2))
+
+
+def test_an_exact_arm_gets_every_iterations_budget_and_lifts_nobodys() -> None:
+    exact = {"exact": {"train": {"objective": "exact-spin", "trajectory_steps": 10}}}
+    paper = override(preset("sd15-paper"), {"train": {"decay_steps": 600}})
+    with_it, without = (
+        {arm.name: arm for arm in arms_of("run", paper, arms, 3, 1, 10**5)} for arms in ({**ARMS, **exact}, ARMS)
+    )
+    assert {name: with_it[name].config for name in ARMS} == {name: arm.config for name, arm in without.items()}
+    dear = with_it["exact"].config
+    assert with_it["exact"].iterations == 3
+    assert dear.train.decay_steps == max(dear.train.steps)
+    for k in (1, 2, 3):
+        budget = passes_in(with_it["spin"].config, 10**5, k)
+        assert 0 <= budget - passes_in(dear, 10**5, k) < 100 * dear.train.batch_size
+    given = arms_of("run", paper, {"spin": {}, "e": {"train": {"objective": "exact-spin", "steps": [9]}}}, 3, 1, 10**5)
+    assert given[0].config.train.steps == (9,)
 
 
 def test_a_rate_that_decays_does_so_over_the_given_steps() -> None:
