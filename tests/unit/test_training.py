@@ -861,6 +861,44 @@ def test_a_selection_goes_on_after_an_interruption(world: Path, tmp_path: Path) 
         assert torch.equal(weights(second)[name], value)
 
 
+@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.5}], ids=["last", "average"])
+@pytest.mark.parametrize("every", [100, 2], ids=["stored when asked to stop", "stored before validating"])
+def test_a_stop_while_validating_keeps_the_last_step(
+    world: Path, tmp_path: Path, options: dict[str, Any], every: int
+) -> None:
+    """At step 4, after scores of steps 0 and 2; the next start asks about step 4 first."""
+    options = {**options, "steps": [6], "checkpoint_every": every}
+    whole, stopped, resumed = (trainer(world, **options) for _ in range(3))
+    kept: list[Path] = []
+    left = iter([1, 2])
+
+    def score() -> float:
+        if (value := next(left, None)) is None:
+            if every == 2:
+                assert kept[-1].name == "checkpoint-000004", "stored before"
+            raise Stopped
+        return value
+
+    def keep(folder: Path) -> None:
+        kept.append(Path(shutil.copytree(folder, tmp_path / "kept" / folder.name)))
+
+    told: list[tuple[int, dict[str, float]]] = []
+    whole.run(lambda *_: None, lambda _: None, tmp_path / "a", selection=Selection(scores(1, 2, 5, 4), 2, 9))
+    with pytest.raises(Stopped):
+        stopped.run(lambda *_: None, keep, tmp_path / "b", selection=Selection(score, 2, 9))
+    assert [folder.name for folder in kept][-1:] == ["checkpoint-000004"]
+    assert len({folder.name for folder in kept}) == len(kept), "stored once"
+    selection = Selection(scores(5, 4), 2, 9)
+    resumed.run(
+        lambda *row: told.append(row), lambda _: None, tmp_path / "c", resume_from=kept[-1], selection=selection
+    )
+    assert selection.best_step == 4
+    assert [(step, measures.get("validation_score")) for step, measures in told] == [(4, 5), (5, None), (6, 4)]
+    assert [row.get("validation_score") for row in resumed.history] == [None, 2, None, 5, None, 4]
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], value)
+
+
 def test_the_best_player_is_kept_by_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     weight = {"weight": torch.ones(3)}
     first = Selection(scores(1), every=1, patience=1)
