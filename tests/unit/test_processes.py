@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.launcher import api
 
 from spin import checkpoint, models, processes
-from spin.config import TrainConfig
+from spin.config import TrainConfig, foreign_to
 from spin.data.dataset import Dataset, Latents
 from spin.errors import SpinError
 from spin.training import Stopped, Trainer
@@ -28,7 +28,9 @@ EXACT = {"objective": "exact-spin", "trajectory_steps": 3, "trajectory_scale": 1
 
 def trainer(world: Path, **options: object) -> Trainer:
     losers = Latents([world / "losers.safetensors"]) if "objective" not in options else None
-    config = TrainConfig.model_validate({**PLAIN, **options})
+    unused = foreign_to(str(options.get("objective", "spin")), "given")
+    plain = {name: value for name, value in PLAIN.items() if name not in unused}
+    config = TrainConfig.model_validate({**plain, **options})
     model = models.load(world / "base", torch.device("cpu"))
     return Trainer(model, Dataset(world / "data"), losers, config, 1, "fp32")
 

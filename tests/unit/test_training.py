@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from spin import checkpoint, models
-from spin.config import TrainConfig
+from spin.config import TrainConfig, foreign_to
 from spin.data.dataset import Dataset, Latents
 from spin.diffusion import add_noise, denoising_error
 from spin.errors import SpinError
@@ -42,10 +42,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trainer(world: Path, iteration: int = 1, precision: str = "fp32", **options: object) -> Trainer:
-    config = {
+    config: dict[str, object] = {
         "beta": [2000], "steps": [3], "batch_size": 8, "micro_batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 0,
-        "decay_steps": 0, "checkpoint_every": 100, "max_winner_drift": 1000, **options,
+        "decay_steps": 0, "checkpoint_every": 100, "max_winner_drift": 1000,
     }  # fmt: skip
+    unused = foreign_to(str(options.get("objective", "spin")), "given")
+    config = {**{name: value for name, value in config.items() if name not in unused}, **options}
     paired = options.get("objective", "spin") in ("spin", "dpo")
     losers = Latents([world / "losers.safetensors"]) if paired else None
     return Trainer(
