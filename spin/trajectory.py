@@ -117,7 +117,7 @@ def exact_spin(
     Plain autograd keeps the activations of all N steps, which the paper's rebuttal calls impractical. But the gradient
     of link(sum) is link'(sum) times the sum of gradients: a first pass without gradient gives the sum, a second one
     goes backward through one step at a time. Memory does not grow with N, but for the latents themselves: both
-    trajectories wait in main memory, the draws of noise stay on the device, as do the winners' latents in the first pass.
+    trajectories wait in main memory; the noise stays on the device, and the winners' latents do in the first pass.
     Cost per step: the reference once, the player forward twice and backward once.
 
     The measure ``margin`` is in nats per trajectory; the errors are those of the predicted noise along the winners'
