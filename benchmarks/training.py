@@ -58,7 +58,9 @@ def trainer_of(place: World, data: Dataset, precision: str, compiled: bool, **op
     """Return a trainer of a copy of the world's model."""
     model = copy.copy(place.model)
     model.denoiser = copy.deepcopy(place.model.denoiser)
-    given = {"beta": [BETA], "learning_rate": 2e-5, "warmup_steps": 0, "decay_steps": 0, "steps": [10_000], **options}
+    given = {"learning_rate": 2e-5, "warmup_steps": 0, "decay_steps": 0, "steps": [10_000], **options}
+    if options.get("objective") != "sft":
+        given["beta"] = [BETA]
     config = TrainConfig.model_validate(given)
     losers = None if config.objective == "sft" else data.losers()
     return Trainer(model, data, losers, config, 1, precision, compiled=compiled)

@@ -90,9 +90,9 @@ def spin_comparison(
         preset: A named full configuration; what the arms do not change is the same for all of them.
         iterations: Rounds of the arms that are self-play.
         arms: Overrides by the arm's name, of train and of how losers are drawn, e.g. {"sft": {"train": {"objective":
-            "sft"}}, "spin-2000": {"train": {"beta": [2000]}}}. Empty: SFT, SFT with LoRA, Diffusion-DPO on pairs that
-            the judge ranks, and SPIN. A rival of self-play without steps gets as many as cost what the dearest
-            self-play arm does.
+            "sft"}}, "spin-2000": {"train": {"beta": [2000]}}}. Empty: SFT, SFT with LoRA, Diffusion-DPO (on the
+            data's pairs where it was prepared with them, else on pairs that the judge ranks), and SPIN. A rival of
+            self-play without steps gets as many as take the passes through the denoiser that the arm spin takes.
         seeds: Training seeds of every arm.
         split: Prompts that the table is on: test, or validation to search without touching the test prompts.
         run_key: Name of the run in the store. Empty: a new one. The name of an earlier run resumes it.

@@ -142,13 +142,13 @@ def check_parameters(package: Path, params: Mapping[str, Any]) -> None:
 
         policy(full["gate"], config.score)
     if "arms" in known:
-        from spin.comparison import ARMS, arms_of
+        from spin.comparison import arms_of, default_arms
 
         # The number of pairs is known only when they are prepared; any number shows what is wrong with an arm.
         arms_of(
             full["run_key"],
             config,
-            full["arms"] or ARMS,
+            full["arms"] or default_arms(config),
             int(full["iterations"]),
             int(full["seeds"]),
             config.train.batch_size,

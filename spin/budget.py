@@ -1,6 +1,7 @@
 """What training costs, so that rivals get equal budgets: passes of one image through the denoiser.
 
-A backward pass counts as two. Encoding, decoding and optimizer steps are left out: they are small beside them.
+A backward pass counts as two. Encoding, decoding and optimizer steps are left out: they are small beside them. Equal
+passes are not equal seconds: a pass within a large batch, or without gradients, is faster than another.
 """
 
 from spin.config import GenerateConfig, RunConfig, TrainConfig
@@ -30,17 +31,32 @@ def passes_per_image(config: GenerateConfig) -> int:
     return calls + sum(config.guided(calls))
 
 
-def passes(config: RunConfig, pairs: int, iterations: int) -> int:
-    """Return the passes of a whole run on ``pairs`` training pairs: training, and drawing the losers before it."""
+def passes_in(config: RunConfig, pairs: int, iteration: int) -> int:
+    """Return the passes of one ``iteration`` on ``pairs`` training pairs: training, and drawing the losers before it.
+
+    Drawing for validation and for scores is left out: how often a player is validated depends on how it fares.
+    """
     train = config.train
-    steps = sum(train.of(k)[1] for k in range(1, iterations + 1))
-    drawn = sum(min(pairs, train.consumes(k)) for k in range(1, iterations + 1)) if train.needs_losers else 0
-    drawn *= train.ranked_draws if train.ranks else 1
-    return steps * train.batch_size * passes_per_pair(train) + drawn * passes_per_image(config.generate.of_losers)
+    steps = train.of(iteration)[1]
+    return steps * train.batch_size * passes_per_pair(train) + min(pairs, train.consumes(iteration)) * _drawing(config)
+
+
+def passes(config: RunConfig, pairs: int, iterations: int) -> int:
+    """Return the passes of a whole run: see ``passes_in``."""
+    return sum(passes_in(config, pairs, k) for k in range(1, iterations + 1))
 
 
 def steps_for(config: RunConfig, pairs: int, budget: int) -> int:
     """Return the steps of a single iteration of ``config`` that cost at most ``budget`` passes, at least 1."""
+    drawing, learning = _drawing(config), passes_per_pair(config.train)
+    batch = config.train.batch_size
+    # Either every pair is drawn, or there are so few steps that each trains on pairs of its own.
+    return max(1, (budget - pairs * drawing) // (batch * learning), budget // (batch * (learning + drawing)))
+
+
+def _drawing(config: RunConfig) -> int:
+    """Return the passes that drawing costs for each pair that is trained on at least once."""
     train = config.train
-    drawing = pairs * passes_per_image(config.generate.of_losers) if train.needs_losers else 0
-    return max(1, (budget - drawing) // (train.batch_size * passes_per_pair(train)))
+    if not train.needs_losers:
+        return 0
+    return (train.ranked_draws if train.ranks else 1) * passes_per_image(config.generate.of_losers)

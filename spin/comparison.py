@@ -1,8 +1,10 @@
 """Rivals on equal terms: one data set, one base, equal budgets; the tables that tell them apart.
 
 A comparison is a prepared run whose base has been scored, and one run per arm and training seed that begins from the
-same data set, base and base scores. A rival of self-play without steps of its own gets as many as cost what the dearest
-self-play arm does when it plays all its iterations (``spin.budget``); where the rate decays, it decays over them.
+same data set, base and base scores. One self-play arm is the budget, in passes through the denoiser (``spin.budget``):
+the one named ``spin``, else the first by name, approximate ones before exact ones. A rival without steps of its own
+gets as many as cost what that arm does when it plays all its iterations, and an ``exact-spin`` arm those of each
+iteration; where the rate decays, it decays over them.
 """
 
 import re
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from spin.budget import passes, steps_for
+from spin.budget import passes, passes_in, steps_for
 from spin.config import RunConfig, override
 from spin.emoji import Split
 from spin.errors import SpinError
@@ -29,11 +31,16 @@ ARMS: dict[str, dict[str, Any]] = {
     "dpo": {"train": {"objective": "dpo", "pairs": "ranked"}},
     "spin": {"train": {"objective": "spin"}},
 }
-"""Overrides by the arm's name: of ``train``, and of how the losers are drawn."""
+"""Overrides by the arm's name: of ``train``, and of how the losers are drawn. See ``default_arms``."""
 SELF_PLAY = ("spin", "exact-spin")
 RESAMPLES = 5000
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,18}")
 """With the key of a new run, the seed and two dashes this is within a run key's 63 signs."""
+
+
+def default_arms(shared: RunConfig) -> dict[str, dict[str, Any]]:
+    """Return the arms of a comparison that names none; where the data has pairs, Diffusion-DPO learns from these."""
+    return {**ARMS, "dpo": {"train": {"objective": "dpo"}}} if shared.train.needs_pairs else ARMS
 
 
 @dataclass(frozen=True)
@@ -79,14 +86,12 @@ def arms_of(
     arms = dict(sorted(arms.items()))
     configs = {name: _laid_over(shared, name, arm) for name, arm in arms.items()}
     given = {name: arm.get("train", {}) for name, arm in arms.items()}
-    budgets = [passes(c, pairs, iterations) for c in configs.values() if c.train.objective in SELF_PLAY]
-    for name, config in configs.items():
-        if config.train.objective not in SELF_PLAY and budgets and "steps" not in given[name]:
-            steps = steps_for(config, pairs, max(budgets))
-            train: dict[str, Any] = {"steps": [steps]}
-            if config.train.decay_steps and "decay_steps" not in given[name]:
-                train["decay_steps"] = steps
-            configs[name] = override(config, {"train": train})
+    for name, steps in _steps(configs, pairs, iterations).items():
+        if "steps" not in given[name]:
+            train: dict[str, Any] = {"steps": steps}
+            if configs[name].train.decay_steps and "decay_steps" not in given[name]:
+                train["decay_steps"] = max(steps)
+            configs[name] = override(configs[name], {"train": train})
     return [
         Arm(
             name,
@@ -100,6 +105,22 @@ def arms_of(
         for seed in range(seeds)
         for name, config in configs.items()
     ]
+
+
+def _steps(configs: Mapping[str, RunConfig], pairs: int, iterations: int) -> dict[str, list[int]]:
+    """Return the steps per iteration by which arms cost what the arm that is the budget costs."""
+    players = {name: config for name, config in configs.items() if config.train.objective in SELF_PLAY}
+    if not players:
+        return {}
+    first = min(players, key=lambda name: (players[name].train.objective != "spin", name != "spin", name))
+    found = {}
+    for name, config in configs.items():
+        if name not in players:
+            found[name] = [steps_for(config, pairs, passes(players[first], pairs, iterations))]
+        elif config.train.objective != "spin" and name != first:
+            budgets = [passes_in(players[first], pairs, k) for k in range(1, iterations + 1)]
+            found[name] = [steps_for(config, pairs, budget) for budget in budgets]
+    return found
 
 
 def _laid_over(shared: RunConfig, name: str, arm: Mapping[str, Any]) -> RunConfig:
@@ -184,6 +205,8 @@ def rows_of(run: Run, arms: Sequence[Arm], shards: int) -> list[Row]:
             title = f"{name} {k}" if same[0].iterations > 1 else name
             if same[0].config.train.ranks:
                 title = f"{name} on pairs ranked by {same[0].config.score.primary}"
+            elif same[0].config.train.needs_pairs:
+                title = f"{name} on the data's pairs"
             verdicts = [verdict_of(indexes[k - 1])[0] for indexes in trained if k <= len(indexes)]
             ended, diverged = len(runs) - len(playing), verdicts.count("diverged")
             rows.append(Row(title, name, k, scores, stages, ended, diverged))
@@ -200,8 +223,9 @@ def images_of(run: Run, row: Row, split: Split, metric: str) -> np.ndarray:
 def compare(run: Run, rows: Sequence[Row], split: Split, against: str = "sft") -> list[dict[str, Any]]:
     """Return a dict per row: ``title``, every metric's interval, and how the row stands against base and ``against``.
 
-    Intervals are over training seeds and prompts, crossed. ``gain_share`` is the gain over the base as a share of the
-    last ``against`` row's gain (the seed paper's measure); it is left out where that gain is not surely positive.
+    Intervals are over training seeds and prompts, crossed. ``win_rates`` hold every score's by whom they are over.
+    ``gain_shares`` are every score's gain over the base as a share of the last ``against`` row's gain (the seed paper's
+    measure); those where that gain is not surely positive are left out.
     """
     names, n = scores_of(rows[0].scores[0]), rows[0].scores[0].facts["images_per_prompt"]
     primary = names[0]
@@ -219,32 +243,42 @@ def compare(run: Run, rows: Sequence[Row], split: Split, against: str = "sft") -
         return np.stack([per_prompt(seed, n) for seed in values])
 
     rival = next((row for row in reversed(rows) if row.arm == against), None)
-    base = cells(rows[0], primary)
-    gain = bootstrap_seeds(means(cells(rival, primary) - base), RESAMPLES) if rival else None
+    gains = {}
+    if rival:
+        gains = {name: bootstrap_seeds(means(cells(rival, name) - cells(rows[0], name)), RESAMPLES) for name in names}
     table = []
     for row in rows:
         line: dict[str, Any] = {name: getattr(row, name) for name in ("title", "arm", "iteration", "ended", "diverged")}
         for name in names:
             line[name] = bootstrap_seeds(means(cells(row, name)), RESAMPLES).as_dict()
-        ours = cells(row, primary)
+        line["win_rates"] = {}
         for other, title in ((rows[0], "base"), (rival, against)):
             if other is None or other is row:
                 continue
-            theirs = cells(other, primary)
-            line[f"win_rate_over_{title}"] = bootstrap_seeds(means(wins(ours, theirs)), RESAMPLES).as_dict()
-            line[f"{primary}_minus_{title}"] = bootstrap_seeds(means(ours - theirs), RESAMPLES).as_dict()
-        if gain and gain.low > 0 and row is not rows[0]:
-            line["gain_share"] = float((ours - base).mean()) / gain.value
+            line["win_rates"][title] = {
+                name: bootstrap_seeds(means(wins(cells(row, name), cells(other, name))), RESAMPLES).as_dict()
+                for name in names
+            }
+            line[f"win_rate_over_{title}"] = line["win_rates"][title][primary]
+            ahead = cells(row, primary) - cells(other, primary)
+            line[f"{primary}_minus_{title}"] = bootstrap_seeds(means(ahead), RESAMPLES).as_dict()
+        line["gain_shares"] = {
+            name: float((cells(row, name) - cells(rows[0], name)).mean()) / gain.value
+            for name, gain in gains.items()
+            if gain.low > 0 and row is not rows[0]
+        }
         table.append(line)
     return table
 
 
-def costs(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def costs(rows: Sequence[Row], against: str = "sft") -> list[dict[str, Any]]:
     """Return per row and phase: seconds, items (images or pairs), accelerator-hours; means over seeds that played.
 
+    ``hours``: accelerator-hours of drawing and training from the arm's first iteration to this one; ``hours_share``: as
+    a share of all of ``against``'s, where there is such an arm. Equal budgets are of passes, not of these.
     ``mfu``: FLOPs as a share of what the accelerators could have done in that time, all seeds and shards together.
     """
-    table = []
+    table, totals = [], dict[str, float]()
     for row in rows:
         line: dict[str, Any] = {"title": row.title}
         for phase in ("generate", "train", "score"):
@@ -261,7 +295,13 @@ def costs(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "items": round(sum(stage.items for stage in found) / played),
                 "accelerator_hours": round(hours / played, 4),
             }
+        hours = sum(line[phase]["accelerator_hours"] for phase in ("generate", "train"))
+        totals[row.arm] = totals.get(row.arm, 0.0) + hours
+        line["hours"] = round(totals[row.arm], 4)
         table.append(line)
+    if totals.get(against):
+        for line in table:
+            line["hours_share"] = round(line["hours"] / totals[against], 4)
     return table
 
 

@@ -94,12 +94,15 @@ class GenerateConfig(_Config):
 
 def foreign_to(objective: str, pairs: str) -> set[str]:
     """Return the options of training that an objective does not read."""
-    foreign = {
-        "exact-spin": {"shared_noise", "min_snr", "loser_gradient_scale", "previous_share"},
-        "sft": {"shared_noise", "loser_gradient_scale", "previous_share", "link"},
-        "dpo": {"previous_share"} if pairs == "ranked" else {"previous_share", "ranked_draws"},
-    }.get(objective, set())
-    return foreign if objective == "dpo" else foreign | {"pairs", "ranked_draws"}
+    trajectories = {"trajectory_steps", "trajectory_scale"}
+    return {
+        "spin": {"pairs", "ranked_draws", *trajectories},
+        "exact-spin": {"pairs", "ranked_draws", "beta", "shared_noise", "min_snr", "loser_gradient_scale",
+                       "previous_share"},
+        "sft": {"pairs", "ranked_draws", "beta", "shared_noise", "loser_gradient_scale", "previous_share", "link",
+                "max_winner_drift", *trajectories},
+        "dpo": {"previous_share", *trajectories} | ({"ranked_draws"} if pairs != "ranked" else set()),
+    }.get(objective, set())  # fmt: skip
 
 
 class TrainConfig(_Config):

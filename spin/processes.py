@@ -15,6 +15,9 @@ from spin.errors import SpinError
 
 SECONDS_TO_MEET = 900
 """Pods that train together start when their images are there, which may take one of them minutes longer."""
+SECONDS_TO_STOP = 3600
+"""After SIGTERM, torch's agent waits so long for its processes; its own 30 s would cut short a pod that has more time.
+What a pod is granted ends it anyway, so this is merely longer than any of that."""
 LOOK_ABOVE = "read its lines above"
 """How the fault of a process ends that said nothing itself, maybe since another, elsewhere, is to blame."""
 
@@ -57,6 +60,7 @@ def spread(processes: int, function: Callable[..., object], *arguments: Any) -> 
             nproc_per_node=processes,
             max_restarts=0,
             start_method="spawn",
+            shutdown_timeout=SECONDS_TO_STOP,
             **_meeting(),
         )
         try:

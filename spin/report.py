@@ -228,32 +228,53 @@ def decision(registered: Index) -> str:
 def comparison(run_key: str, base: Index, compared: Index) -> str:
     """Return the tables of a comparison as Markdown: scores, standing against base and rival, and costs."""
     facts = compared.facts
-    lines, split = list(facts["rows"].values()), facts["split"]
-    names = scores_of(base)
+    lines, split, spent = list(facts["rows"].values()), facts["split"], facts["costs"]
+    scores = scores_of(base)
+    names = list(scores)
     kinds = ("win_rate_over", f"{facts['primary']}_minus")
     names += [f"{kind}_{against}" for against in ("base", "sft") for kind in kinds]
     names = [name for name in names if any(name in line for line in lines)]
     head = ["model", *(TITLES.get(name, name.replace("_", " ")) for name in names), "share of SFT's gain"]
+    head.append("accelerator-hours (SFT: 1)")
     body = [
         [
             line["title"] + (" (best on validation)" if line["title"] == facts["best_on_validation"] else ""),
             *(cell(name, line.get(name)) for name in names),
-            f"{100 * line['gain_share']:+.0f} %" if "gain_share" in line else "-",
+            _share(line, facts["primary"]),
+            _hours(spent.get(line["title"], {})),
         ]
         for line in lines
     ]
     note = (
         f"{base.facts['prompts'][split]} {split} prompts, {base.facts['images_per_prompt']} image(s) each, "
-        f"{facts['seeds']} training seed(s); 95 % bootstrap intervals over seeds and prompts; ties count half"
+        f"{facts['seeds']} training seed(s); 95 % bootstrap intervals over seeds and prompts; ties count half; "
+        "budgets are equal in passes through the denoiser, not in seconds"
     )
     for line in lines:
         if line["ended"]:
             note += f"; {line['title']}: play had ended before with {line['ended']} seed(s), whose last scores count"
         if line["diverged"]:
             note += f"; {line['title']}: {line['diverged']} seed(s) diverged, and count with the player before"
-    return "\n".join(
-        [f"# Comparison {run_key}", "", *_grid(head, body), "", note, "", *spending(list(facts["costs"].values())), ""]
-    )
+    text = [f"# Comparison {run_key}", "", *_grid(head, body), "", note, ""]
+    if len(scores) > 1:
+        heads = ["model", *map(title_of, scores)]
+        for against in ("base", "sft"):
+            rates = [(line["title"], line["win_rates"].get(against, {})) for line in lines]
+            won = [[title, *(cell("win_rate", found.get(name)) for name in scores)] for title, found in rates if found]
+            text += [f"## Win rates over {against}", "", *_grid(heads, won), ""] if won else []
+        shares = [[line["title"], *(_share(line, name) for name in scores)] for line in lines if line["gain_shares"]]
+        text += ["## Share of SFT's gain", "", *_grid(heads, shares), ""] if shares else []
+    return "\n".join([*text, *spending(list(spent.values())), ""])
+
+
+def _share(line: Mapping[str, Any], score: str) -> str:
+    return f"{100 * line['gain_shares'][score]:+.0f} %" if score in line["gain_shares"] else "-"
+
+
+def _hours(spent: Mapping[str, Any]) -> str:
+    if "hours" not in spent:
+        return "-"
+    return f"{spent['hours']:.3f}" + (f" ({spent['hours_share']:.2f})" if "hours_share" in spent else "")
 
 
 def plain(text: str) -> str:

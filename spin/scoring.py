@@ -324,10 +324,12 @@ def validation_score(
     data: Dataset,
     accelerator: Accelerator,
     download: Callable[[str], Path],
+    between: Callable[[], None] = lambda: None,
 ) -> Callable[[], float]:
     """Return a function that draws the validation prompts with ``model`` as it is then and gives the mean score.
 
     Several processes share the prompts and get the same answer. The judge is the one that scores the players later.
+    ``between`` is called before each batch of images, by all processes equally often, and may end it by raising.
     """
     rows = data.held_out("validation", config.score.max_prompts)
     mine = rows[accelerator.process_index :: accelerator.num_processes]
@@ -337,11 +339,11 @@ def validation_score(
     jobs: list[Job] = [(row, sample) for row in padded for sample in range(config.score.images_per_prompt)]
     count = len(mine) * config.score.images_per_prompt
     scorer = primary_scorer(config.score, model.device, download)
-    size = config.generate.batch_size
 
     def score() -> float:
         total = torch.zeros(())
-        for part in batches(len(jobs), max(1, CHUNK // size) * size):
+        for part in batches(len(jobs), config.generate.batch_size):
+            between()
             chunk = [jobs[i] for i in part]
             images = draw(model, config, chunk, data.latents_shape)
             found = scored(scorer, images, [row.prompt for row, _ in chunk])

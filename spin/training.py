@@ -138,6 +138,10 @@ def from_previous(
     return [draw < config.previous_share for draw in draws]
 
 
+def _measures(row: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name not in ("step", "seconds")}
+
+
 class Trainer:
     """Trains ``model.denoiser`` in place for one iteration.
 
@@ -191,6 +195,7 @@ class Trainer:
         with room_for("player and opponent", FEWER):
             self._make_players(compiled)
         self.step, self.drift = 0, 0.0
+        self._vote: torch.Tensor | None = None
         self.history: list[dict[str, float]] = []
 
     @property
@@ -462,7 +467,7 @@ class Trainer:
         """Sum up the gradients of this process's share of a batch; return its mean measures."""
         size, sums = self.micro_batch_size, dict[str, torch.Tensor]()
         for micro in range(self.accumulation):
-            if self._asked(stop, micro):
+            if self._asked(stop):
                 self.optimizer.zero_grad(set_to_none=True)
                 raise Stopped
             part = places[micro * size : (micro + 1) * size]
@@ -512,8 +517,9 @@ class Trainer:
                 the run is healthy.
             work: scratch folder for checkpoints.
             resume_from: a checkpoint folder to go on from.
-            stop: asked before every micro-batch (by several processes: before every step).
-            selection: chooses the player by a held-out score.
+            stop: asked before every micro-batch; several processes agree one micro-batch later.
+            selection: chooses the player by a held-out score. It is asked after a checkpoint of the same step, and may
+                raise ``Stopped`` too.
 
         Raises:
             Stopped: ``stop`` said so; the last whole step went to ``on_checkpoint``.
@@ -530,32 +536,37 @@ class Trainer:
             selection.consider(0, self.weights())
         started, before = time.monotonic(), self.history[-1]["seconds"] if self.history else 0.0
         kept = self.step
-        while self.step < self.steps and not (selection and selection.over):
-            try:
+        try:
+            while True:
+                # Also after a checkpoint that was stored before its step's validation.
+                if selection and self._unscored(selection):
+                    with self.as_average():
+                        self.history[-1]["validation_score"] = selection.consider(self.step, self.weights())
+                    self.history[-1]["seconds"] = before + time.monotonic() - started
+                    on_step(self.step, _measures(self.history[-1]))
+                if self.step >= self.steps or (selection and selection.over):
+                    break
                 measures = self.train_step(stop)
-            except Stopped:
-                if self.step > kept:
+                try:
+                    self.watch(measures)
+                except Diverged:
+                    if selection and selection.best_step:
+                        break  # The best player was well.
+                    raise
+                self.history.append({"step": self.step, **measures, "seconds": before + time.monotonic() - started})
+                if not (selection and self._unscored(selection)):
+                    on_step(self.step, measures)
+                if self.step % self.config.checkpoint_every == 0:
                     self._checkpoint(work, on_checkpoint, selection)
-                raise
-            try:
-                self.watch(measures)
-            except Diverged:
-                if selection and selection.best_step:
-                    break  # The best player was well.
-                raise
-            if selection and selection.due(self.step, self.steps):
-                with self.as_average():
-                    measures["validation_score"] = selection.consider(self.step, self.weights())
-            self.history.append({"step": self.step, **measures, "seconds": before + time.monotonic() - started})
-            on_step(self.step, measures)
-            if self.step % self.config.checkpoint_every == 0:
+                    kept = self.step
+        except Stopped:
+            if self.step > kept:
                 self._checkpoint(work, on_checkpoint, selection)
-                kept = self.step
+            raise
         if self.history and self.history[-1]["step"] == self.step > kept:
             # What follows, measuring, exporting and storing the player, may take longer than an eviction grants.
             self._checkpoint(work, on_checkpoint, selection)
-        if self._asked(stop, 0):
-            raise Stopped
+        self.stop_if_asked(stop)
         if selection:
             selection.restore(self.weights())
         elif self.average is not None:
@@ -571,9 +582,11 @@ class Trainer:
         if self.average is not None:
             self.average.store(self.weights().values())
             self.average.copy_to(self.weights().values())
-        yield
-        if self.average is not None:
-            self.average.restore(self.weights().values())
+        try:
+            yield
+        finally:
+            if self.average is not None:
+                self.average.restore(self.weights().values())
 
     def _checkpoint(self, work: Path, on_checkpoint: Callable[[Path], None], selection: Selection | None) -> None:
         folder = work / f"checkpoint-{self.step:06d}"
@@ -587,14 +600,31 @@ class Trainer:
             on_checkpoint(folder)
         self.accelerator.wait_for_everyone()
 
-    def _asked(self, stop: Callable[[], bool], micro: int) -> bool:
-        """Return whether to stop before micro-batch ``micro``; several processes agree on it, once per step."""
+    def _unscored(self, selection: Selection) -> bool:
+        """Return whether the last step's player is to be asked about, and has not been."""
+        last = self.history[-1] if self.history else {}
+        return last.get("step") == self.step and "validation_score" not in last and selection.due(self.step, self.steps)
+
+    def stop_if_asked(self, stop: Callable[[], bool]) -> None:
+        """Have all processes stop where one of them is asked to.
+
+        Raises:
+            Stopped: one is.
+        """
+        if self._asked(stop, now=True):
+            raise Stopped
+
+    def _asked(self, stop: Callable[[], bool], now: bool = False) -> bool:
+        """Return whether to stop; several processes agree on it.
+
+        Unless ``now``, on what they said when they last asked: an accelerator has done all that came before that
+        question while it is busy with what came after, so nobody waits for it.
+        """
         if self.accelerator.num_processes == 1:
             return stop()
-        if micro:
-            return False
-        asked = torch.tensor([float(stop())], device=self.model.device)
-        return bool(self.accelerator.reduce(asked, "sum") > 0)
+        said = self.accelerator.reduce(torch.full((1,), float(stop()), device=self.model.device), "sum")
+        heard, self._vote = self._vote, said
+        return bool((said if now or heard is None else heard) > 0)
 
     def player_denoiser(self) -> Denoiser:
         """Return the trained denoiser without wrappers, adapters merged; of a sharded one, the first process gets it.

@@ -116,8 +116,9 @@ def exact_spin(
 
     Plain autograd keeps the activations of all N steps, which the paper's rebuttal calls impractical. But the gradient
     of link(sum) is link'(sum) times the sum of gradients: a first pass without gradient gives the sum, a second one
-    goes backward through one step at a time. Memory does not grow with N, but for the latents themselves, which wait in
-    main memory. Cost per step: the reference once, the player forward twice and backward once.
+    goes backward through one step at a time. Memory does not grow with N, but for the latents themselves: both
+    trajectories wait in main memory; the noise stays on the device, and the winners' latents do in the first pass.
+    Cost per step: the reference once, the player forward twice and backward once.
 
     The measure ``margin`` is in nats per trajectory; the errors are those of the predicted noise along the winners'
     trajectories, means over C, H, W and steps, as the approximate objective reports them.
@@ -146,6 +147,7 @@ def exact_spin(
             references.append(seen_by_reference.cpu())
             kept.append(after.cpu())
             latents = after
+    del winner
     winner_drift_B, loser_drift_B = drift[:batch], drift[batch:]
     advantage_B = (scale * (loser_drift_B - winner_drift_B)).requires_grad_()
     loss = LINKS[link](advantage_B).mean()

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from spin import report, tracking
-from spin.comparison import ARMS, Arm, arms_of, begin, best, compare, costs, rows_of
+from spin.comparison import Arm, arms_of, begin, best, compare, costs, default_arms, rows_of
 from spin.emoji import Split
 from spin.errors import SpinError
 from spin.run import Clock, Index, Run, producer, whole_iteration, whole_shards
@@ -27,7 +27,8 @@ def _arms(run: Run, arms: Mapping[str, Any], iterations: int, seeds: float) -> l
     if seeds % 1:
         raise SpinError(f"expected a whole number of seeds, got {seeds}; change it")
     pairs = run.need("prepare", STAGE).items
-    return arms_of(run.key, run.config(), arms or ARMS, iterations, int(seeds), pairs)
+    config = run.config()
+    return arms_of(run.key, config, arms or default_arms(config), iterations, int(seeds), pairs)
 
 
 def plan_arms(place: Place, arms: Mapping[str, Any], iterations: int, seeds: int) -> tuple[list[str], list[str]]:

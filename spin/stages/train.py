@@ -186,15 +186,16 @@ def _train(
     snr = trainer.fitting(partial(gradient_snr, trainer))
     facts: dict[str, Any] = {"beta": beta}
     selection = None
-    if config.train.validate_every:
-        from spin.scoring import validation_score
-
-        score = validation_score(model, config, winners, trainer.accelerator, run.store.download)
-        selection = Selection(score, config.train.validate_every, config.train.patience)
     outputs = {"model": opponent}
     with scratch() as work, ThreadPoolExecutor(1) as uploads:
         try:
             with asked_to_stop() as stop:
+                if config.train.validate_every:
+                    from spin.scoring import validation_score
+
+                    between = partial(trainer.stop_if_asked, stop)
+                    score = validation_score(model, config, winners, trainer.accelerator, run.store.download, between)
+                    selection = Selection(score, config.train.validate_every, config.train.patience)
                 try:
                     trainer.run(on_step, on_checkpoint, work, resume, stop, selection)
                 finally:
@@ -258,8 +259,7 @@ def asked_to_stop() -> Iterator[Callable[..., bool]]:
     Its argument is the seconds to wait for the signal, by default 0; when it comes, they are over.
 
     The signal must reach this process: a launcher in between that dies of it takes its children along, and then
-    ``checkpoint_every`` is what bounds the loss. Kubernetes grants 30 seconds by default: enough for a micro-batch and
-    a small checkpoint, not for that of a whole SD-1.5 (10 GB).
+    ``checkpoint_every`` is what bounds the loss. How long stopping takes: docs/operations.md.
     """
     # Not an Event: a handler that comes while its lock is held, by this very thread, would wait for ever.
     signals: SimpleQueue[int] = SimpleQueue()

@@ -23,6 +23,7 @@ ARMS = {
     "sft": {"train": {"objective": "sft"}},
     "dpo": {"train": {"objective": "dpo", "pairs": "ranked", "ranked_draws": 2}},
     "spin": {},
+    "exact": {"train": {"objective": "exact-spin", "trajectory_steps": 2}},
 }
 DPO = "dpo on pairs ranked by clip_score"
 
@@ -58,22 +59,28 @@ def test_arms_are_played_and_compared(laptop_servers: Laptop, tmp_path: Path) ->
     play()
     before = {path: path.read_text() for path in tmp_path.rglob("compare-players/table")}
     store = Store("s3://spin/rivals", laptop_servers.s3_endpoint)
-    shared, sft, dpo, spin = (Run(store, f"rivals{arm}") for arm in ("", "-sft-0", "-dpo-0", "-spin-0"))
+    shared, sft, dpo, spin, exact = (
+        Run(store, f"rivals{arm}") for arm in ("", "-sft-0", "-dpo-0", "-spin-0", "-exact-0")
+    )
     compared = shared.need("comparison", "")
-    assert list(compared.facts["rows"]) == ["base", DPO, "sft", "spin 1", "spin 2"]
+    assert list(compared.facts["rows"]) == ["base", DPO, "exact 1", "exact 2", "sft", "spin 1", "spin 2"]
     assert compared.facts["best_on_validation"] in compared.facts["rows"]
 
     def trained(run: Run, k: int) -> Index:
         return run.need(iteration_stage(k, "train"), "")
 
     # One data set and one base for all; the base is drawn and scored once.
-    for arm in (sft, dpo, spin):
+    for arm in (sft, dpo, spin, exact):
         assert arm.need("prepare", "") == shared.need("prepare", "")
         assert arm.need(iteration_stage(0, "score"), "") == shared.need(iteration_stage(0, "score"), "")
     assert trained(spin, 2).inputs["opponent"] == trained(spin, 1).outputs["model"].digest
     # What drawing and ranking cost is not left for steps.
     pairs = shared.need("prepare", "").items
     assert passes(dpo.config(), pairs, 1) <= passes(spin.config(), pairs, 2)
+    # The exact arm, which is dearer by the step, has fewer of them, and lifts nobody's budget.
+    assert passes(exact.config(), pairs, 2) <= passes(spin.config(), pairs, 2)
+    assert trained(exact, 2).facts["steps"] == 1 < trained(spin, 2).facts["steps"]
+    assert passes(sft.config(), pairs, 1) <= passes(spin.config(), pairs, 2)
     assert trained(dpo, 1).facts["steps"] < trained(sft, 1).facts["steps"]
     assert trained(sft, 1).facts["steps"] > 2 * trained(spin, 1).facts["steps"], "SFT's steps are cheaper"
     row = compared.facts["rows"]["spin 2"]["clip_score"]

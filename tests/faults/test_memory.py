@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from spin import models
-from spin.config import TrainConfig
+from spin.config import TrainConfig, foreign_to
 from spin.data.dataset import Dataset, Latents
 from spin.errors import SpinError
 from spin.instruments import errors_on_grid, gradient_snr
@@ -36,7 +36,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trainer(world: Path, **options: object) -> Trainer:
-    config = TrainConfig.model_validate({**OPTIONS, **options})
+    unused = foreign_to(str(options.get("objective", "spin")), "given")
+    plain = {name: value for name, value in OPTIONS.items() if name not in unused}
+    config = TrainConfig.model_validate({**plain, **options})
     losers = Latents([world / "losers.safetensors"]) if config.objective == "spin" else None
     return Trainer(models.load(world / "base", CPU), Dataset(world / "data"), losers, config, 1, "fp32")
 

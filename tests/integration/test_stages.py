@@ -448,13 +448,17 @@ def test_a_fault_in_one_of_several_processes_is_one_line(world: World) -> None:
     assert line.startswith("expected train.batch_size to be a multiple of micro_batch_size x processes (16), got 8; ")
 
 
-def test_an_evicted_pod_leaves_its_last_step(world: World, tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_evicted_pod_leaves_its_last_step(world: World, tmp_path: Path, processes: int) -> None:
     """SIGTERM to the command line: it ends at once, saying so, and the next start goes on from that step."""
-    place = shared(world, "evicted", steps=[100_000], checkpoint_every=100_000)
+    key = f"evicted-{processes}"
+    place = shared(world, key, steps=[100_000], checkpoint_every=100_000)
     generate(place, 1)
     command = [
-        *(sys.executable, "-m", "spin", "train", "--run-key", "evicted", "--iteration", "1"),
+        *(sys.executable, "-m", "spin", "train", "--run-key", key, "--iteration", "1"),
         *("--store-uri", place.store_uri, "--store-endpoint", place.store_endpoint),
+        *("--processes", str(processes)),
     ]
 
     def evict(log: Path) -> str:
@@ -467,6 +471,7 @@ def test_an_evicted_pod_leaves_its_last_step(world: World, tmp_path: Path) -> No
                 asked = time.monotonic()
                 process.terminate()
                 assert process.wait(60) == 143
+                print(f"{processes} process(es) stopped {time.monotonic() - asked:.1f} s after SIGTERM")
                 assert time.monotonic() - asked < 20
             finally:
                 process.kill()
@@ -474,12 +479,12 @@ def test_an_evicted_pod_leaves_its_last_step(world: World, tmp_path: Path) -> No
 
     first = evict(tmp_path / "first.log")
     assert (said := re.search(r"asked to stop, step (\d+) is kept; run again to go on", first))
-    progress = world.run("evicted").read_progress("iteration-001/train")
+    progress = world.run(key).read_progress("iteration-001/train")
     assert progress is not None
     assert progress["facts"]["step"] == int(said[1]) > 0
     older = Ref.model_validate(progress["parts"][0])
     assert f"resuming from step {said[1]}" in evict(tmp_path / "second.log")
-    progress = world.run("evicted").read_progress("iteration-001/train")
+    progress = world.run(key).read_progress("iteration-001/train")
     assert progress is not None
     assert progress["facts"]["step"] > int(said[1])
     # The checkpoint that it replaces is gone.

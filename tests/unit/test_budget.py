@@ -81,3 +81,16 @@ def test_steps_for_a_budget() -> None:
     assert passes(config(objective="sft", steps=[steps]), 100, 1) <= budget
     assert steps_for(config(), 100, budget) == (budget - 4000) // 32
     assert steps_for(config(), 100, 0) == 1
+
+
+@pytest.mark.parametrize("pairs", [40, 322, 100_000], ids=["drawn again", "all drawn", "more than are learnt from"])
+@pytest.mark.parametrize("draws", [2, 4])
+def test_ranked_draws_are_paid_from_the_budget(pairs: int, draws: int) -> None:
+    budget = passes(config(steps=[200]), pairs=322, iterations=3)
+    ranked = config(objective="dpo", pairs="ranked", ranked_draws=draws)
+    steps = steps_for(ranked, pairs, budget)
+
+    def spent(steps: int) -> int:
+        return passes(config(objective="dpo", pairs="ranked", ranked_draws=draws, steps=[steps]), pairs, 1)
+
+    assert 1 < spent(steps) <= budget < spent(steps + 1)

@@ -10,15 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spin.budget import passes, steps_for
-from spin.comparison import ARMS, Row, arms_of, best, compare, costs
+from spin.budget import passes, passes_in, steps_for
+from spin.comparison import ARMS, Row, arms_of, best, compare, costs, default_arms
+from spin.config import override
 from spin.errors import SpinError
 from spin.presets import preset
 from spin.report import comparison
 from spin.run import Index, Run
 from spin.store import Ref
 
-PROMPTS, IMAGES = 30, 2
+PROMPTS, IMAGES, SCORES = 30, 2, ["clip_score", "hpsv2_0"]
 SHARED = preset("emoji-cpu")
 
 
@@ -26,11 +27,19 @@ def scored(folder: Path, name: str, mean: float, seed: int) -> Index:
     """Write scores of 30 prompts around ``mean``; the prompts differ more than the models."""
     prompts = np.random.default_rng(0).normal(0, 2, PROMPTS).repeat(IMAGES)
     noise = np.random.default_rng(seed).normal(0, 0.2, PROMPTS * IMAGES)
-    table = pa.table({"split": ["test"] * PROMPTS * IMAGES, "clip_score": mean + prompts + noise})
+    # A second score, on which SFT gains a tenth of a point and whoever scores 25 on the first loses.
+    other = (0.1 if mean == 22 else 0.0 if mean == 20 else -0.2) + prompts + noise / 10
+    table = pa.table({"split": ["test"] * PROMPTS * IMAGES, "clip_score": mean + prompts + noise, "hpsv2_0": other})
     pq.write_table(table, folder / f"{name}-{seed}.parquet")
     ref = Ref.model_construct(uri=str(folder / f"{name}-{seed}.parquet"))
-    facts = {"metrics": {"test": {"clip_score": {}}}, "prompts": {"test": PROMPTS}, "images_per_prompt": IMAGES}
-    return stage("score", inputs={"config": {"scorers": ["clip_score"]}}, outputs={"scores": ref}, facts=facts)
+    facts = {
+        "metrics": {"test": {"clip_score": {}, "hpsv2_0": {}}},
+        "prompts": {"test": PROMPTS},
+        "images_per_prompt": IMAGES,
+    }
+    return stage(
+        "score", inputs={"config": {"scorers": ["clip_score", "hpsv2_0"]}}, outputs={"scores": ref}, facts=facts
+    )
 
 
 def stage(name: str, **values: Any) -> Index:
@@ -60,12 +69,21 @@ def rows(tmp_path: Path) -> list[Row]:
 def test_rivals_get_the_budget_of_self_play() -> None:
     arms = {arm.name: arm for arm in arms_of("run", SHARED, ARMS, iterations=3, seeds=1, pairs=322)}
     budget = passes(arms["spin"].config, 322, 3)
-    for name in ("sft", "sft-lora"):
+    for name in ("sft", "sft-lora", "dpo"):
         spent = passes(arms[name].config, 322, 1)
-        assert 0 <= budget - spent < 3 * arms[name].config.train.batch_size
+        assert 0 <= budget - spent < (8 if name == "dpo" else 3) * arms[name].config.train.batch_size
         assert arms[name].iterations == 1
     assert arms["spin"].iterations == 3
     assert arms["spin"].config.train.steps == SHARED.train.steps
+
+
+def test_dpo_learns_from_the_datas_own_pairs_where_they_are() -> None:
+    paired = override(SHARED, {"train": {"objective": "dpo"}})
+    arms = {arm.name: arm for arm in arms_of("run", paired, default_arms(paired), 3, 1, 322)}
+    assert arms.keys() == ARMS.keys()
+    assert arms["dpo"].config.train.needs_pairs
+    assert arms["spin"].config.train == SHARED.train
+    assert default_arms(SHARED)["dpo"]["train"]["pairs"] == "ranked"
 
 
 def test_given_steps_stay() -> None:
@@ -73,14 +91,39 @@ def test_given_steps_stay() -> None:
     assert arm.config.train.steps == (7,)
 
 
-def test_the_dearest_self_play_is_the_budget_whatever_the_order() -> None:
-    """KFP hands mappings over in any order."""
-    lengths = {name: {"train": {"steps": [steps]}} for name, steps in (("a", 10), ("b", 90), ("c", 20))}
-    arms = {"sft": {"train": {"objective": "sft"}}, **lengths}
+@pytest.mark.parametrize(
+    ("names", "payer"), [(["a", "b", "spin"], "spin"), (["a", "b"], "a"), (["exact", "b"], "b"), (["exact"], "exact")]
+)
+def test_one_self_play_arm_is_the_budget_whatever_the_order(names: list[str], payer: str) -> None:
+    """The one named spin, else the first by name, approximate ones before exact ones; KFP hands over in any order."""
+    options: dict[str, Any] = {
+        "a": {"steps": [90]},
+        "b": {"steps": [10]},
+        "spin": {"steps": [20]},
+        "exact": {"objective": "exact-spin", "steps": [7]},
+    }
+    arms = {"sft": {"train": {"objective": "sft"}}, **{name: {"train": options[name]} for name in names}}
     found = [arms_of("run", SHARED, dict(order), 2, 1, 322) for order in (arms.items(), reversed(arms.items()))]
     assert found[0] == found[1]
     by_name = {arm.name: arm.config for arm in found[0]}
-    assert by_name["sft"].train.steps[0] == steps_for(by_name["sft"], 322, passes(by_name["b"], 322, 2))
+    assert by_name["sft"].train.steps[0] == steps_for(by_name["sft"], 322, passes(by_name[payer], 322, 2))
+
+
+def test_an_exact_arm_gets_every_iterations_budget_and_lifts_nobodys() -> None:
+    exact = {"exact": {"train": {"objective": "exact-spin", "trajectory_steps": 10}}}
+    paper = override(preset("sd15-paper"), {"train": {"decay_steps": 600}})
+    with_it, without = (
+        {arm.name: arm for arm in arms_of("run", paper, arms, 3, 1, 10**5)} for arms in ({**ARMS, **exact}, ARMS)
+    )
+    assert {name: with_it[name].config for name in ARMS} == {name: arm.config for name, arm in without.items()}
+    dear = with_it["exact"].config
+    assert with_it["exact"].iterations == 3
+    assert dear.train.decay_steps == max(dear.train.steps)
+    for k in (1, 2, 3):
+        budget = passes_in(with_it["spin"].config, 10**5, k)
+        assert 0 <= budget - passes_in(dear, 10**5, k) < 100 * dear.train.batch_size
+    given = arms_of("run", paper, {"spin": {}, "e": {"train": {"objective": "exact-spin", "steps": [9]}}}, 3, 1, 10**5)
+    assert given[0].config.train.steps == (9,)
 
 
 def test_a_rate_that_decays_does_so_over_the_given_steps() -> None:
@@ -138,16 +181,19 @@ def test_every_row_stands_against_base_and_sft(run: Run, rows: list[Row]) -> Non
     # Paired: the prompts' own differences, ten times the effect's interval, drop out.
     assert spin["clip_score_minus_sft"]["high"] - spin["clip_score_minus_sft"]["low"] < 0.3
     assert spin["win_rate_over_sft"]["value"] == 1
-    assert spin["gain_share"] == pytest.approx(5 / 2, abs=0.1)
-    assert sft["gain_share"] == pytest.approx(1)
+    assert spin["gain_shares"] == pytest.approx({"clip_score": 5 / 2, "hpsv2_0": -2}, abs=0.1)
+    assert sft["gain_shares"] == pytest.approx({"clip_score": 1, "hpsv2_0": 1})
+    assert spin["win_rates"]["sft"]["clip_score"] == spin["win_rate_over_sft"]
+    assert spin["win_rates"]["sft"]["hpsv2_0"]["value"] == 0
+    assert sft["win_rates"].keys() == {"base"}
     assert "win_rate_over_sft" not in sft
-    assert "gain_share" not in base
+    assert base["gain_shares"] == {}
 
 
 def test_no_share_of_a_gain_that_is_not_there(run: Run, rows: list[Row]) -> None:
     base, _, spin = rows
     same = Row("sft", "sft", 1, base.scores * 2, [])
-    assert "gain_share" not in compare(run, [base, same, spin], "test")[2]
+    assert compare(run, [base, same, spin], "test")[2]["gain_shares"] == {}
 
 
 def test_a_seed_whose_play_has_ended_counts_with_its_last_scores(run: Run, rows: list[Row]) -> None:
@@ -163,6 +209,9 @@ def test_costs_are_means_over_seeds(rows: list[Row]) -> None:
     sft, _ = costs(rows[1:])
     assert sft["train"] == {"seconds": 72.0, "items": 8, "accelerator_hours": 0.16, "mfu": 0.5}
     assert sft["generate"]["seconds"] == 36.0
+    assert (sft["hours"], sft["hours_share"]) == (0.32, 1)
+    first, second = costs([rows[1], rows[2], replace(rows[2], title="spin 2", iteration=2)])[1:]
+    assert [(line["hours"], line["hours_share"]) for line in (first, second)] == [(0.32, 1), (0.64, 2)]
     uncounted = replace(rows[1], stages=[stage("train", seconds=72.0, cost={})] * 2)
     assert costs([uncounted])[0]["train"]["accelerator_hours"] == 0.02, "a CPU counts as one"
 
@@ -180,7 +229,13 @@ def test_the_report_shows_every_row_and_the_choice(run: Run, rows: list[Row]) ->
     }
     text = comparison("run", rows[0].scores[0], stage("comparison", facts=facts))
     assert "| spin 1 (best on validation) | 2" in text
-    assert f"| {100 * lines[2]['gain_share']:+.0f} % |" in text
+    assert f"| {100 * lines[2]['gain_shares']['clip_score']:+.0f} % | 0.320 (1.00) |" in text
+    shares = " | ".join(f"{100 * share:+.0f} %" for share in lines[2]["gain_shares"].values())
+    assert (
+        f"| model | CLIP score | HPSv2.0 |\n| --- | --- | --- |\n| sft | +100 % | +100 % |\n| spin 1 | {shares} |"
+        in text
+    )
+    assert "## Win rates over sft\n\n| model | CLIP score | HPSv2.0 |\n| --- | --- | --- |\n| base | 0.0" in text
     assert "| sft | 36 s, 8 | 72 s, 8 | 36 s, 8 | 25 % / 50 % / 25 % | 0.320 |" in text
     assert "30 test prompts, 2 image(s) each, 2 training seed(s)" in text
     assert "; sft: 1 seed(s) diverged, and count with the player before" in text

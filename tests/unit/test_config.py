@@ -91,6 +91,13 @@ def test_micro_batches_must_fill_the_batch() -> None:
     "options",
     [
         {"objective": "exact-spin", "min_snr": 5},
+        {"objective": "exact-spin", "beta": [3000]},
+        {"objective": "sft", "beta": [3000]},
+        {"objective": "sft", "max_winner_drift": 0.2},
+        {"objective": "sft", "trajectory_steps": 5},
+        {"objective": "spin", "trajectory_steps": 5},
+        {"objective": "spin", "trajectory_scale": 0.02},
+        {"objective": "dpo", "trajectory_scale": 0.02},
         {"objective": "sft", "shared_noise": False},
         {"objective": "sft", "link": "hinge"},
         {"objective": "dpo", "previous_share": 0.5},
@@ -199,6 +206,28 @@ def test_every_preset_is_valid_and_survives_json(name: str) -> None:
     again = RunConfig.model_validate(json.loads(json.dumps(config.model_dump(mode="json"))))
     assert again == config
     assert override(config, config.model_dump(mode="json")) == config
+
+
+OFF = {
+    "shared_noise": True, "min_snr": 0, "loser_gradient_scale": 1, "ema_decay": 0, "previous_share": 0,
+    "prompt_dropout": 0, "validate_every": 0, "lora_rank": 0, "gradient_checkpointing": False, "sharding": "none",
+    "link": "logistic", "pairs": "given",
+}  # fmt: skip
+"""What the paper does without, or what its code does (docs/training.md has the reasons)."""
+
+
+@pytest.mark.parametrize("name", ["default", *PRESETS])
+def test_what_the_paper_does_without_is_off(name: str) -> None:
+    train = TrainConfig() if name == "default" else preset(name).train
+    on = {"emoji-cpu": {"loser_gradient_scale": 0.3}, "sd15-lora": {"lora_rank": 64}}.get(name, {})
+    assert {option: getattr(train, option) for option in OFF} == {**OFF, **on}
+
+
+def test_a_grid_over_an_option_without_use_is_refused_as_one_line() -> None:
+    assert refusal({"train": {"objective": "exact-spin", "beta": [3000]}}) == (
+        "train: expected beta as it is for objective exact-spin, got (3000.0,); it has no use (in overrides)"
+    )
+    assert override(preset("emoji-cpu"), {"train": {"objective": "sft"}}).train.beta == TrainConfig().beta
 
 
 def test_another_objective_drops_options_that_it_does_not_read() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spin import checkpoint, models
-from spin.config import TrainConfig
+from spin.config import TrainConfig, foreign_to
 from spin.data.dataset import Dataset, Latents
 from spin.diffusion import Diffusion, Flow
 from spin.instruments import GRADIENTS, GRID, GridErrors, errors_on_grid, gradient_snr, measure, verdict
@@ -29,10 +29,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trainer(world: Path, **options: object) -> Trainer:
-    config = {
+    config: dict[str, object] = {
         "beta": [200], "steps": [1], "batch_size": 8, "micro_batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 0,
-        "decay_steps": 0, "max_winner_drift": 1000, **options,
+        "decay_steps": 0, "max_winner_drift": 1000,
     }  # fmt: skip
+    unused = foreign_to(str(options.get("objective", "spin")), "given")
+    config = {**{name: value for name, value in config.items() if name not in unused}, **options}
     losers = Latents([world / "losers.safetensors"]) if config.get("objective", "spin") == "spin" else None
     model, data = models.load(world / "base", CPU), Dataset(world / "data")
     return Trainer(model, data, losers, TrainConfig.model_validate(config), 1, "fp32")
@@ -173,6 +175,22 @@ def test_by_timestep_tells_where() -> None:
     columns = measure(grid(before), grid(after))["by_timestep"]
     assert columns["0002"] == {"error_change": -0.5}
     assert columns["0003"] == {"error_change": 0}
+
+
+def test_who_is_told_from_whom_by_timestep() -> None:
+    """By hand: 4 images, 2 timesteps; margin = what the loser's error gained less what the winner's did."""
+    before = grid(torch.full((4, 2), 2.0), torch.full((4, 2), 1.0))
+    winner = torch.tensor([[1.5, 2.0], [1.5, 2.0], [2.0, 2.5], [2.0, 2.5]])
+    loser = torch.tensor([[1.0, 1.5], [0.75, 1.0], [1.25, 1.5], [0.5, 1.0]])
+    # margins: 0.5, 0.5 / 0.25, 0 / 0.25, 0 (at 0.5 each) / -0.5, -0.5
+    measures = measure(before, grid(winner, loser))
+    assert measures["by_timestep"] == {
+        "0000": {"error_change": -0.125, "implicit_accuracy": 0.75, "margin": 0.125},
+        "0001": {"error_change": 0.125, "implicit_accuracy": 0.25, "margin": 0.0},
+    }
+    assert measures["margin"]["value"] == 0.0625
+    assert measures["implicit_accuracy"]["value"] == 0.5
+    assert measures["error_change"]["value"] == 0
 
 
 def test_a_model_trained_past_use_on_tiny_data_is_called_diverged(world: Path, tmp_path: Path) -> None:

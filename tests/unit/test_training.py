@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from spin import checkpoint, models
-from spin.config import TrainConfig
+from spin.config import TrainConfig, foreign_to
 from spin.data.dataset import Dataset, Latents
 from spin.diffusion import add_noise, denoising_error
 from spin.errors import SpinError
@@ -42,10 +42,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trainer(world: Path, iteration: int = 1, precision: str = "fp32", **options: object) -> Trainer:
-    config = {
+    config: dict[str, object] = {
         "beta": [2000], "steps": [3], "batch_size": 8, "micro_batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 0,
-        "decay_steps": 0, "checkpoint_every": 100, "max_winner_drift": 1000, **options,
+        "decay_steps": 0, "checkpoint_every": 100, "max_winner_drift": 1000,
     }  # fmt: skip
+    unused = foreign_to(str(options.get("objective", "spin")), "given")
+    config = {**{name: value for name, value in config.items() if name not in unused}, **options}
     paired = options.get("objective", "spin") in ("spin", "dpo")
     losers = Latents([world / "losers.safetensors"]) if paired else None
     return Trainer(
@@ -859,6 +861,44 @@ def test_a_selection_goes_on_after_an_interruption(world: Path, tmp_path: Path) 
     assert second.step == whole.step == 8
     for name, value in weights(whole).items():
         assert torch.equal(weights(second)[name], value)
+
+
+@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.5}], ids=["last", "average"])
+@pytest.mark.parametrize("every", [100, 2], ids=["stored when asked to stop", "stored before validating"])
+def test_a_stop_while_validating_keeps_the_last_step(
+    world: Path, tmp_path: Path, options: dict[str, Any], every: int
+) -> None:
+    """At step 4, after scores of steps 0 and 2; the next start asks about step 4 first."""
+    options = {**options, "steps": [6], "checkpoint_every": every}
+    whole, stopped, resumed = (trainer(world, **options) for _ in range(3))
+    kept: list[Path] = []
+    left = iter([1, 2])
+
+    def score() -> float:
+        if (value := next(left, None)) is None:
+            if every == 2:
+                assert kept[-1].name == "checkpoint-000004", "stored before"
+            raise Stopped
+        return value
+
+    def keep(folder: Path) -> None:
+        kept.append(Path(shutil.copytree(folder, tmp_path / "kept" / folder.name)))
+
+    told: list[tuple[int, dict[str, float]]] = []
+    whole.run(lambda *_: None, lambda _: None, tmp_path / "a", selection=Selection(scores(1, 2, 5, 4), 2, 9))
+    with pytest.raises(Stopped):
+        stopped.run(lambda *_: None, keep, tmp_path / "b", selection=Selection(score, 2, 9))
+    assert [folder.name for folder in kept][-1:] == ["checkpoint-000004"]
+    assert len({folder.name for folder in kept}) == len(kept), "stored once"
+    selection = Selection(scores(5, 4), 2, 9)
+    resumed.run(
+        lambda *row: told.append(row), lambda _: None, tmp_path / "c", resume_from=kept[-1], selection=selection
+    )
+    assert selection.best_step == 4
+    assert [(step, measures.get("validation_score")) for step, measures in told] == [(4, 5), (5, None), (6, 4)]
+    assert [row.get("validation_score") for row in resumed.history] == [None, 2, None, 5, None, 4]
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], value)
 
 
 def test_the_best_player_is_kept_by_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
