@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 import spin
 from spin.config import RunConfig
 from spin.errors import SpinError
-from spin.store import Ref, Store, digest_of
+from spin.store import Ref, Store, awaited, digest_of
 
 logger = logging.getLogger("spin")
 Parsed = TypeVar("Parsed", bound=BaseModel)
@@ -170,7 +170,7 @@ class Run:
 
     def config(self) -> RunConfig:
         """Return the run's config, as written by prepare-data."""
-        known = self.store.read_json(self._path("run"))
+        known = awaited(lambda: self.store.read_json(self._path("run")))
         if known is None:
             raise SpinError(f"expected a prepared run, got no run {self.key!r} in {self.store.uri}; prepare it first")
         return self._parsed(RunConfig, "run", known["config"])
@@ -185,7 +185,7 @@ class Run:
 
     def need(self, stage: str, for_what: str) -> Index:
         """Return the index of a stage that must be complete before ``for_what`` may start."""
-        index = self.find(stage)
+        index = awaited(lambda: self.find(stage))
         if index is None:
             raise SpinError(
                 f"expected {stage} of run {self.key!r} to be complete before {for_what}, got none in {self.store.uri}; "
