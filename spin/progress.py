@@ -11,11 +11,39 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 from spin.errors import DamagedError, SpinError
 from spin.run import Run
 from spin.store import Ref, Store, digest_of
 
 logger = logging.getLogger("spin")
+
+
+class Noted(BaseModel):
+    """The progress document of a stage: what it was made from, its parts, and what was noted with the last one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    inputs: str
+    parts: list[Ref]
+    seconds: float
+    facts: dict[str, Any]
+
+    @property
+    def reached(self) -> tuple[float, int]:
+        """How far it has come: a training's step, as its one part stands for all before it; else how many parts."""
+        step = self.facts.get("step", 0)
+        return step if isinstance(step, int | float) else 0, len(self.parts)
+
+
+def noted(run: Run, stage: str) -> Noted | None:
+    """Return the progress document of an unfinished stage, if any.
+
+    Raises:
+        SpinError: another version wrote it.
+    """
+    known = run.read_progress(stage)
+    return None if known is None else run.parsed(Noted, f"{stage}.progress", known)
 
 
 class Progress:
@@ -40,16 +68,25 @@ class Progress:
         self.folders: list[Path] = []
         self.seconds = 0.0
         self.facts: dict[str, Any] = {}
-        known = run.read_progress(stage)
-        self._stale = parts_of(known)
-        if known and known["inputs"] == self._identity:
+        self._stale: list[Ref] = []
+        known = noted(run, stage)
+        while known and self._cannot_go_on_from(known):
+            # Another process may have replaced, meanwhile, what was being fetched.
+            known, before = noted(run, stage), known
+            if known == before:
+                return
+
+    def _cannot_go_on_from(self, known: Noted) -> bool:
+        """Fetch the parts; return whether one of them cannot be read."""
+        self._stale = known.parts
+        if known.inputs == self._identity:
             try:
-                self.folders = [self._store.get(part) for part in self._stale]
+                self.folders = [self._store.get(part) for part in known.parts]
             except DamagedError as error:
-                logger.warning("%s: starting anew, what it had cannot be read (%s)", stage, error)
-            else:
-                self.parts, self._stale = self._stale, []
-                self.seconds, self.facts = float(known["seconds"]), known["facts"]
+                logger.warning("%s: what it had cannot be read (%s)", self.stage, error)
+                return True
+            self.parts, self._stale, self.seconds, self.facts = known.parts, [], known.seconds, known.facts
+        return False
 
     def restart(self) -> None:
         """Go on from nothing; the parts so far are removed with the next one."""
@@ -70,35 +107,31 @@ class Progress:
 
     def _write(self, parts: list[Ref], folders: list[Path], seconds: float, facts: dict[str, Any]) -> None:
         self.parts, self.folders, self.facts = parts, folders, facts
-        value = {
-            "inputs": self._identity,
-            "parts": [part.model_dump(mode="json") for part in parts],
-            "seconds": round(seconds, 2),
-            "facts": facts,
-        }
+        value = Noted(inputs=self._identity, parts=parts, seconds=round(seconds, 2), facts=facts)
         if self.run.find(self._whole, self._inputs):
             # Another process has finished the stage, and removed the parts that both began from.
             discard(self._store, parts)
             return
-        known = self.run.read_progress(self.stage)
-        theirs = [part for part in parts_of(known) if part not in self._stale and part not in parts]
-        if known and theirs and known["inputs"] == self._identity and len(known["parts"]) > len(parts):
+        named, known = parts, noted(self.run, self.stage)
+        theirs = [part for part in known.parts if part not in self._stale and part not in parts] if known else []
+        if known and theirs and known.inputs == self._identity and known.reached > value.reached:
             # Another process has come further; what it has counts, unless this one overtakes it.
-            return
-        self.run.write_progress(self.stage, value)
-        stale, self._stale = self._stale, []
-        discard(self._store, [part for part in stale if part not in parts])
+            named = [*parts, *known.parts]
+        else:
+            self.run.write_progress(self.stage, value.model_dump(mode="json"))
+        discard(self._store, [part for part in self._stale if part not in named])
+        self._stale = [part for part in self._stale if part in named and part not in parts]
 
 
 def forget(run: Run, stage: str) -> None:
     """Remove the progress of a stage that is complete; a store that forbids it costs space, not the run."""
-    if known := run.read_progress(stage):
+    if known := noted(run, stage):
         try:
             run.drop_progress(stage)
         except SpinError as error:
             logger.warning("the progress of %s stays in the store (%s)", stage, error)
         else:
-            discard(run.parts_store(stage), parts_of(known))
+            discard(run.parts_store(stage), known.parts)
 
 
 def discard(store: Store, parts: Sequence[Ref]) -> None:
@@ -108,8 +141,3 @@ def discard(store: Store, parts: Sequence[Ref]) -> None:
             store.remove(part)
         except SpinError as error:
             logger.warning("a part that is no longer needed stays in the store (%s)", error)
-
-
-def parts_of(known: dict[str, Any] | None) -> list[Ref]:
-    """Return the parts that a progress document names."""
-    return [Ref.model_validate(part) for part in (known or {}).get("parts", [])]

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 import spin
 from spin.config import RunConfig
 from spin.errors import SpinError
-from spin.store import Ref, Store, digest_of
+from spin.store import Ref, Store, awaited, digest_of
 
 logger = logging.getLogger("spin")
 Parsed = TypeVar("Parsed", bound=BaseModel)
@@ -116,7 +116,8 @@ class Run:
     def _path(self, stage: str) -> str:
         return f"runs/{self.key}/{stage}.json"
 
-    def _parsed(self, model: type[Parsed], stage: str, value: Any) -> Parsed:
+    def parsed(self, model: type[Parsed], stage: str, value: Any) -> Parsed:
+        """Return a document of the run as what it should be; another version may have written it."""
         try:
             return model.model_validate(value)
         except ValidationError as error:
@@ -136,7 +137,7 @@ class Run:
         if known is None:
             return False
         # An option that is newer than the run had its default's effect before it was one.
-        begun = self._parsed(RunConfig, "run", known["config"])
+        begun = self.parsed(RunConfig, "run", known["config"])
         if changes := _changes(begun.model_dump(mode="json"), config.model_dump(mode="json")):
             raise SpinError(
                 f"expected the config that run {self.key!r} began with, got {'; '.join(changes[:3])}; choose another "
@@ -170,22 +171,22 @@ class Run:
 
     def config(self) -> RunConfig:
         """Return the run's config, as written by prepare-data."""
-        known = self.store.read_json(self._path("run"))
+        known = awaited(lambda: self.store.read_json(self._path("run")))
         if known is None:
             raise SpinError(f"expected a prepared run, got no run {self.key!r} in {self.store.uri}; prepare it first")
-        return self._parsed(RunConfig, "run", known["config"])
+        return self.parsed(RunConfig, "run", known["config"])
 
     def find(self, stage: str, inputs: dict[str, Any] | None = None) -> Index | None:
         """Return the index of a finished stage; with ``inputs``, only if it was made from exactly those."""
         found = self.store.read_json(self._path(stage))
         if found is None:
             return None
-        index = self._parsed(Index, stage, found)
+        index = self.parsed(Index, stage, found)
         return index if inputs is None or digest_of(index.inputs) == digest_of(inputs) else None
 
     def need(self, stage: str, for_what: str) -> Index:
         """Return the index of a stage that must be complete before ``for_what`` may start."""
-        index = self.find(stage)
+        index = awaited(lambda: self.find(stage))
         if index is None:
             raise SpinError(
                 f"expected {stage} of run {self.key!r} to be complete before {for_what}, got none in {self.store.uri}; "
@@ -231,7 +232,7 @@ class Run:
         return self.parts_store(stage).put_folder(folder)
 
     def read_progress(self, stage: str) -> dict[str, Any] | None:
-        """Return the progress document of an unfinished stage, if any; ``Progress`` says what is in it."""
+        """Return the progress document of an unfinished stage, if any; ``spin.progress.Noted`` says what is in it."""
         found: dict[str, Any] | None = self.store.read_json(self._path(f"{stage}.progress"))
         return found
 

@@ -11,6 +11,7 @@ Layout below the store's uri ``s3://bucket/prefix``::
 Objects are immutable and named by what they hold, so writing twice is harmless and a reader verifies what it gets.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -21,34 +22,55 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
+from xml.etree.ElementTree import ParseError
 
 import urllib3
 from minio import Minio
 from minio.error import InvalidResponseError, S3Error, ServerError
 from minio.helpers import DictType
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from spin.disk import room_in
 from spin.errors import DamagedError, SpinError
 
-SOON = urllib3.Retry(total=4, backoff_factor=0.5, status_forcelist=[500, 502, 503, 504])
+SOON = urllib3.Retry(
+    total=4,
+    backoff_factor=0.5,
+    status_forcelist=[500, 502, 503, 504],
+    # POST too: a large file begins and ends with one.
+    allowed_methods=None,
+)
 """Until the server has answered once: a wrong address is refused within seconds."""
-PATIENT = urllib3.Retry(total=9, backoff_factor=0.5, backoff_max=30, status_forcelist=[500, 502, 503, 504])
+PATIENT = SOON.new(total=9, backoff_max=30)
 """From then on: a server that is away for a minute, or two, costs no work."""
 ARRIVALS = (1.0, 4.0, 10.0)
-"""Seconds to wait before an object that came damaged, or that a slow server does not show yet, is fetched again."""
+"""Seconds to wait before what came damaged, or what a slow server does not show yet, is asked for again."""
 FULL = ("InsufficientStorage", "QuotaExceeded", "XMinioAdminBucketQuotaExceeded", "XMinioStorageFull")
 MOST_SECONDS_APART = 5 * 60
 """Servers refuse requests whose clock is 5 to 15 minutes off."""
 TAKEN, CONFLICT = "PreconditionFailed", "ConditionalRequestConflict"
 PART_BYTES = 64 * 2**20
 """Larger files go up in parts of this size."""
+UNFIT = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+"""What a disk says of names that it cannot hold, alone or beside others."""
 ENDPOINT = re.compile(r"(?P<scheme>(?i:https?))://(?P<host>(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>\d{1,5}))?)/?")
+
+Found = TypeVar("Found")
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+"""A SHA-256 in hex. It names a file, here and in the store, so it is nothing else."""
+
+
+class Entry(BaseModel):
+    """A file in a folder's listing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    digest: Digest
+    size: int
 
 
 class Ref(BaseModel):
@@ -56,7 +78,7 @@ class Ref(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Literal["file", "folder"]
-    digest: str
+    digest: Digest
     size: int
     uri: str
 
@@ -67,10 +89,10 @@ def digest_of_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def etag_of(path: Path) -> str:
+def etag_of(path: Path, part_bytes: int) -> str:
     """Return the tag that S3 gives a file: its MD5, or that of its parts' MD5s and their number."""
     with path.open("rb") as stream:
-        parts = [hashlib.md5(part).digest() for part in iter(lambda: stream.read(PART_BYTES), b"")] or [
+        parts = [hashlib.md5(part).digest() for part in iter(lambda: stream.read(part_bytes), b"")] or [
             hashlib.md5(b"").digest()
         ]
     return parts[0].hex() if len(parts) == 1 else f"{hashlib.md5(b''.join(parts)).hexdigest()}-{len(parts)}"
@@ -100,9 +122,42 @@ def listing_of(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
+def _document(value: Any) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode()
+
+
+def _md5(data: bytes) -> str:
+    return hashlib.md5(data).hexdigest()
+
+
+def bytes_at(path: Path) -> int:
+    """Return the size of a file, or of all files below a folder; -1: there is nothing."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return path.stat().st_size if path.is_file() else -1
+
+
+def awaited(find: Callable[[], Found | None]) -> Found | None:
+    """Return what ``find`` finds, for as long as a slow server may not show it yet; ``None``: it is not there."""
+    for pause in ARRIVALS:
+        if (found := find()) is not None:
+            return found
+        time.sleep(pause)
+    return find()
+
+
 def _cache() -> Path:
     base = os.environ.get("SPIN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "spin-diffusion")
     return Path(base).expanduser()
+
+
+def _cached(path: Path, size: int) -> bool:
+    """Return whether a file or folder is there, of the size that it should have; what a crash left of it is removed."""
+    if (found := bytes_at(path)) == size:
+        return True
+    if found >= 0:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return False
 
 
 @contextmanager
@@ -121,6 +176,17 @@ def _arriving(target: Path) -> Iterator[Path]:
                     raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _named(uri: str) -> Iterator[None]:
+    """Name the file of a user whose name this machine cannot give it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNFIT:
+            raise
+        raise SpinError(f"expected a name that a disk can hold, got {uri!r} ({error.strerror}); rename it") from None
 
 
 def kept(name: str, fetch: Callable[[Path], None]) -> Path:
@@ -210,7 +276,7 @@ class Store:
             raise SpinError(
                 f"expected an answer from S3, got {error.code}: {error.message} {where}; try again"
             ) from None
-        except (urllib3.exceptions.HTTPError, InvalidResponseError, ServerError) as error:
+        except (urllib3.exceptions.HTTPError, InvalidResponseError, ServerError, ParseError) as error:
             raise SpinError(
                 f"expected an S3 server, got {type(error).__name__} {where}; check store_endpoint and the network"
             ) from None
@@ -218,8 +284,13 @@ class Store:
             # The client's own check of names, before anything is sent.
             raise SpinError(f"expected names that S3 allows, got {uri!r} ({error}); {setting}") from None
 
-    def check(self) -> None:
-        """Make sure that the bucket exists and that the keys may read it; from then on, outlast an outage."""
+    def check(self, known: bool = False) -> None:
+        """Make sure that the bucket exists and that the keys may read it; from then on, outlast an outage.
+
+        ``known``: the server has answered in this pipeline before, so that its address is no mistake.
+        """
+        if known:
+            self._client = self._connect(PATIENT)
         with self._errors():
             if not self._client.bucket_exists(self.bucket):
                 raise SpinError(
@@ -275,15 +346,6 @@ class Store:
             raise SpinError(f"expected a file or folder, got nothing at {uri} ({self.endpoint}); correct the path")
         return path, found
 
-    def _exists(self, key: str) -> bool:
-        try:
-            self._client.stat_object(self.bucket, self.prefix + key)
-        except S3Error as error:
-            if error.code in ("NoSuchKey", "NoSuchObject"):
-                return False
-            raise
-        return True
-
     def read_json(self, key: str) -> Any:
         """Return the JSON document at ``key``, or ``None`` where there is none."""
         found: Any = None
@@ -310,25 +372,37 @@ class Store:
 
     def write_json(self, key: str, value: Any) -> None:
         """Write a small JSON document in one request: it is there whole or not at all."""
-        data = json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode()
-        with self._errors():
-            self._client.put_object(
+        data = _document(value)
+
+        def fault() -> str:
+            sent = self._client.put_object(
                 self.bucket, self.prefix + key, io.BytesIO(data), len(data), content_type="application/json"
             )
+            return self._document_fault(key, data, str(sent.etag))
+
+        self._until_whole(fault)
+
+    def _document_fault(self, key: str, data: bytes, tag: str) -> str:
+        if tag == _md5(data) or self._holds(key, hashlib.sha256(data).hexdigest()):
+            return ""
+        return f"expected {self.uri}/{key} to arrive whole, got another digest; check the network"
 
     def create_json(self, key: str, value: Any) -> bool:
         """Write a small JSON document where there is none; of several at once, one does. Return whether it was this.
 
         A server that knows no condition on writes lets the last one win.
         """
-        data = json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode()
+        data = _document(value)
         headers: DictType = {"Content-Type": "application/json", "If-None-Match": "*"}
         pauses = iter(ARRIVALS)
         with self._errors():
             while True:
                 try:
                     # The client has no public way to make a condition.
-                    self._client._put_object(self.bucket, self.prefix + key, data, headers)
+                    sent = self._client._put_object(self.bucket, self.prefix + key, data, headers)
+                    if self._document_fault(key, data, str(sent.etag)):
+                        # It is this one's, so that nobody else's is written over.
+                        self.write_json(key, value)
                     return True
                 except S3Error as error:
                     if error.code == "NotImplemented":
@@ -351,7 +425,7 @@ class Store:
         digest = digest_of_file(path)
         key = f"objects/{digest}"
         with self._errors():
-            if not self._exists(key):
+            if not self._stands(key, path.stat().st_size, etag_of(path, PART_BYTES), digest):
                 self._send(key, path, digest)
         return Ref(kind="file", digest=digest, size=path.stat().st_size, uri=f"{self.uri}/{key}")
 
@@ -361,7 +435,8 @@ class Store:
         digest = digest_of(listing)
         key = f"folders/{digest}"
         with self._errors():
-            if not self._exists(f"{key}.json"):
+            document = _document(listing)
+            if not self._stands(f"{key}.json", len(document), _md5(document), hashlib.sha256(document).hexdigest()):
                 for path, entry in listing.items():
                     self._send(f"{key}/{path}", folder / path, entry["digest"])
                 self.write_json(f"{key}.json", listing)
@@ -375,16 +450,14 @@ class Store:
             SpinError: the object is missing or is not what its digest says.
         """
         target = _cache() / f"{ref.kind}s" / ref.digest
-        if target.exists():
+        if _cached(target, ref.size):
             return target
         with _arriving(target) as part:
             if ref.kind == "file":
                 self._fetch(f"objects/{ref.digest}", part, ref.digest)
             else:
                 for path, entry in self._listing(ref).items():
-                    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-                        raise SpinError(f"expected plain paths in {ref.uri}, got {path!r}; the store is damaged")
-                    self._fetch(f"folders/{ref.digest}/{path}", part / path, entry["digest"])
+                    self._fetch(f"folders/{ref.digest}/{path}", part / path, entry.digest)
         return target
 
     def part(self, ref: Ref, path: str) -> Path:
@@ -393,20 +466,20 @@ class Store:
         Raises:
             SpinError: as ``get``; or the folder has no such file.
         """
-        whole = _cache() / "folders" / ref.digest / path
-        if whole.exists():
-            return whole
+        whole = _cache() / "folders" / ref.digest
+        if _cached(whole, ref.size) and (whole / path).is_file():
+            return whole / path
         entry = self._listing(ref).get(path)
         if entry is None:
             raise SpinError(f"expected {path} in {ref.uri}, got none; the store is damaged")
-        target = _cache() / "files" / entry["digest"]
-        if not target.exists():
+        target = _cache() / "files" / entry.digest
+        if not _cached(target, entry.size):
             with _arriving(target) as part:
-                self._fetch(f"folders/{ref.digest}/{path}", part, entry["digest"])
+                self._fetch(f"folders/{ref.digest}/{path}", part, entry.digest)
         return target
 
-    def _listing(self, ref: Ref) -> dict[str, dict[str, Any]]:
-        listing: dict[str, dict[str, Any]] = {}
+    def _listing(self, ref: Ref) -> dict[str, Entry]:
+        listing: Any = None
 
         def fault() -> str:
             nonlocal listing
@@ -415,7 +488,16 @@ class Store:
             return "" if whole else f"expected the listing of {ref.uri}, got none or another; the store is damaged"
 
         self._until_whole(fault)
-        return listing
+        try:
+            entries = TypeAdapter(dict[str, Entry]).validate_python(listing)
+        except ValidationError:
+            raise SpinError(
+                f"expected digests and sizes in the listing of {ref.uri}, got others; the store is damaged"
+            ) from None
+        for path in entries:
+            if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+                raise SpinError(f"expected plain paths in {ref.uri}, got {path!r}; the store is damaged")
+        return entries
 
     def download(self, uri: str) -> Path:
         """Return the local path of any file or folder of this server, ``s3://bucket/path``: a user's data or model.
@@ -428,23 +510,54 @@ class Store:
         bucket, _, path = uri.removeprefix("s3://").rstrip("/").partition("/")
         if ".." in PurePosixPath(path).parts:
             raise SpinError(f"expected a plain path, got {uri}; write it without '..'")
-        found = {name: str(item.etag) for name, item in self._below(uri)[1].items()}
+        found = self._below(uri)[1]
+        tags = {name: str(item.etag) for name, item in found.items()}
         target = (
-            _cache()
-            / "downloads"
-            / digest_of([self.endpoint, bucket, path, found])
-            / PurePosixPath(path or bucket).name
+            _cache() / "downloads" / digest_of([self.endpoint, bucket, path, tags]) / PurePosixPath(path or bucket).name
         )
-        if target.exists():
-            return target
+        with _named(uri):
+            if _cached(target, sum(int(item.size or 0) for item in found.values())):
+                return target
         with _arriving(target.parent) as part:
-            for name in found:
+            for name, item in found.items():
                 inside = PurePosixPath(name.removeprefix(path).lstrip("/"))
                 if ".." in inside.parts:
                     raise SpinError(f"expected plain file names under {uri}, got {name!r}; rename it")
-                with self._errors(uri):
-                    self._client.fget_object(bucket, name, str(part / target.name / inside))
+                with _named(f"s3://{bucket}/{name}"):
+                    self._fetch_tagged(bucket, name, part / target.name / inside, item)
         return target
+
+    def _fetch_tagged(self, bucket: str, name: str, path: Path, item: Any) -> None:
+        """Fetch a user's file; its bytes are compared with the tag that the server lists it under."""
+        uri, tag = f"s3://{bucket}/{name}", str(item.etag)
+
+        def fault() -> str:
+            # Its own name for what has come so far would be longer than the file's, and then perhaps too long.
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = str(path.parent / f".{uuid.uuid4().hex}")
+            self._client.fget_object(bucket, name, str(path), tmp_file_path=part)
+            if path.stat().st_size == item.size and self._may_be(bucket, name, path, tag):
+                return ""
+            return (
+                f"expected {uri} as the server lists it, got other bytes; check the network, and start again once "
+                "nobody writes to it"
+            )
+
+        self._until_whole(fault, uri)
+
+    def _may_be(self, bucket: str, name: str, path: Path, tag: str) -> bool:
+        """Return whether a file of the right size has this tag, or the tag says nothing of what is in it."""
+        part, size = PART_BYTES, path.stat().st_size
+        if "-" in tag:
+            part = int(self._client.stat_object(bucket, name, extra_query_params={"partNumber": "1"}).size or 0)
+            if part < 1 or -(-size // part) != int(tag.rpartition("-")[2]):
+                # A server that does not say in what parts it came.
+                return True
+        if etag_of(path, max(part, 1) if "-" in tag else size + 1) == tag:
+            return True
+        # With keys of the server's own it is no MD5.
+        headers = self._client.stat_object(bucket, name).metadata or {}
+        return "kms" in str(headers.get("x-amz-server-side-encryption", ""))
 
     def remove(self, ref: Ref) -> None:
         """Remove a folder that nothing refers to any more; its listing goes first, so that it is never half there."""
@@ -458,13 +571,36 @@ class Store:
         """Upload a file; what the server has is compared with what was meant, as not every server checks what came."""
 
         def fault() -> str:
-            sent = self._client.fput_object(self.bucket, self.prefix + key, str(path), part_size=PART_BYTES)
-            # With keys of its own (SSE-KMS) a server's tag says nothing: what it holds is read then.
-            if sent.etag == etag_of(path) or self._holds(key, digest):
+            try:
+                sent = self._client.fput_object(self.bucket, self.prefix + key, str(path), part_size=PART_BYTES).etag
+            except S3Error as error:
+                # Its parts were put together, and the answer was lost.
+                if error.code != "NoSuchUpload":
+                    raise
+                sent = None
+            tag = etag_of(path, PART_BYTES)
+            if sent == tag or self._stands(key, path.stat().st_size, tag, digest):
                 return ""
             return f"expected {self.uri}/{key} to arrive whole, got another digest; check the network"
 
-        self._until_whole(fault)
+        try:
+            self._until_whole(fault)
+        except DamagedError:
+            # Who may not remove it leaves it: it is not trusted for being there.
+            with suppress(S3Error, urllib3.exceptions.HTTPError):
+                self._client.remove_object(self.bucket, self.prefix + key)
+            raise
+
+    def _stands(self, key: str, size: int, tag: str, digest: str) -> bool:
+        """Return whether an object is there, and is what it should be."""
+        try:
+            found = self._client.stat_object(self.bucket, self.prefix + key)
+        except S3Error as error:
+            if error.code in ("NoSuchKey", "NoSuchObject"):
+                return False
+            raise
+        # With keys of its own (SSE-KMS) a server's tag says nothing: what it holds is read then.
+        return found.size == size and (found.etag == tag or self._holds(key, digest))
 
     def _holds(self, key: str, digest: str) -> bool:
         response = self._client.get_object(self.bucket, self.prefix + key)
@@ -496,14 +632,14 @@ class Store:
 
         self._until_whole(fault)
 
-    def _until_whole(self, fault: Callable[[], str]) -> None:
+    def _until_whole(self, fault: Callable[[], str], uri: str = "") -> None:
         """Call ``fault`` until it has moved something whole, some seconds apart; raise its last word otherwise."""
         for pause in (*ARRIVALS, None):
-            with self._errors():
+            with self._errors(uri):
                 try:
                     word = fault()
-                except urllib3.exceptions.ProtocolError:
-                    # The connection broke within an answer, which the client does not ask for again by itself.
+                except (urllib3.exceptions.ProtocolError, ParseError):
+                    # An answer came broken, which the client does not ask for again by itself.
                     if pause is None:
                         raise
                     word = "cut"

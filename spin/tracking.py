@@ -15,8 +15,10 @@ import os
 import random
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -33,8 +35,10 @@ from spin.store import digest_of, digest_of_file
 
 SECONDS_BETWEEN_FLUSHES = 3.0
 SECONDS_BEFORE_RETRY = 20.0
-# A server that hangs, or is slow, may take this share of a stage's time.
-LARGEST_SHARE = 0.1
+# MLflow's client sends more than this in several requests, of which the first may be all that arrives.
+MOST_METRICS = 1000
+# MLflow's own client takes databases and folders too; here, those would be on the disk of a pod.
+ADDRESS = re.compile(r"(?i:https?)://([^/\s]*@)?([\w.-]+|\[[0-9A-Fa-f:.]+\])(:(?P<port>\d{1,5}))?(/[^\s?#]*)?")
 RUN_KEY, STAGE, ITERATION, INDEX = "spin.run_key", "spin.stage", "spin.iteration", "spin.index_digest"
 FAILURE = "spin.failure"
 DIGEST, CHAMPIONS = "spin.digest", "spin.champions"
@@ -55,7 +59,21 @@ def _first_line(error: Exception) -> str:
     return without_password(lines[0])[:200] if lines else type(error).__name__
 
 
+def check_address(uri: str) -> None:
+    """Make sure that ``uri`` is the address of a server.
+
+    Raises:
+        SpinError: it is something else.
+    """
+    address = ADDRESS.fullmatch(uri)
+    if not address or int(address["port"] or 0) > 65535:
+        raise SpinError(
+            f"expected an MLflow server like http://host:5000, got {without_password(uri)!r}; set tracking_uri"
+        )
+
+
 def _client(uri: str) -> Any:
+    check_address(uri)
     # A server that is away must cost seconds, not MLflow's default of several minutes.
     os.environ.setdefault(TIMEOUT, "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -181,7 +199,10 @@ class Card:
 
 
 class StageLog:
-    """Writes one stage's MLflow run. Calls never raise: what fails is kept and tried again until the stage ends."""
+    """Writes one stage's MLflow run, from a thread of its own: no call waits for the server but the last, ``close``.
+
+    Calls never raise: what fails is kept and tried again until the stage ends.
+    """
 
     def __init__(self, place: Place, stage: str, iteration: int):
         self.place, self.stage, self.iteration = place, stage, iteration
@@ -190,10 +211,15 @@ class StageLog:
         self.known_index = ""
         self._parent_tags: Mapping[str, str] = {}
         self._tags: Mapping[str, str] = {}
+        # MLflow is imported here: two threads that import libraries at once meet half of one.
+        self._server: Any = _client(place.tracking_uri) if place.tracking_uri else None
         self._client: Any = None
+        self._lock = threading.Lock()
         self._backlog: list[Callable[[], None]] = []
-        self._points: list[tuple[int, int, dict[str, float]]] = []
+        self._points: dict[int, tuple[int, dict[str, float]]] = {}
         self._sent: set[int] = set()
+        self._worker = ThreadPoolExecutor(1, "mlflow")
+        self._asked = False
         self._away_until = self._flush_at = 0.0
         self._status = "FINISHED"
         self._failed_before = False
@@ -201,7 +227,7 @@ class StageLog:
 
     def _connect(self) -> None:
         if self._client is None:
-            client = _client(self.place.tracking_uri)
+            client = self._server
             experiment = _experiment(client, self.place.experiment)
             parent = _parent(client, self.place, experiment)
             self.parent_id, self._parent_tags = parent.info.run_id, parent.data.tags
@@ -225,33 +251,61 @@ class StageLog:
             self._client = client
 
     def _drain(self, force: bool = False) -> bool:
-        """Send the backlog in order; return whether nothing is left."""
-        if not self.place.tracking_uri:
-            self._backlog.clear()
-            return True
+        """Send points and backlog in the order that they were given in; return whether nothing is left."""
+        self._asked = False
         if not force and time.monotonic() < self._away_until:
             return False
-        started = time.monotonic()
         try:
             self._connect()
-            while self._backlog:
-                self._backlog[0]()
-                self._backlog.pop(0)
+            while True:
+                with self._lock:
+                    # Together, so that no later action overtakes a point.
+                    points, action = dict(self._points), next(iter(self._backlog), None)
+                if not points and not action:
+                    return True
+                self._send(points)
+                if action:
+                    action()
+                    self._backlog.pop(0)
         except Exception as error:
-            # Whatever MLflow raises, training goes on.
-            now = time.monotonic()
-            # Stages that were refused together do not come back together.
-            self._away_until = now + max(SECONDS_BEFORE_RETRY, (now - started) / LARGEST_SHARE) * random.uniform(1, 1.5)
+            # Whatever MLflow raises, training goes on. Stages that were refused together do not come back together.
+            self._away_until = time.monotonic() + SECONDS_BEFORE_RETRY * random.uniform(1, 1.5)
             if not self.warned:
                 where = without_password(self.place.tracking_uri)
                 logger.warning("MLflow at %s is out of reach (%s); going on without it", where, _first_line(error))
                 self.warned = True
             return False
-        return True
+
+    def _send(self, points: Mapping[int, tuple[int, Mapping[str, float]]]) -> None:
+        """Send points, whole steps in one request each: a step that has its loss has everything."""
+        from mlflow.entities import Metric
+
+        batches: list[tuple[list[int], list[Metric]]] = [([], [])]
+        for step, (stamp, measures) in points.items():
+            metrics = [Metric(name, value, stamp, step) for name, value in measures.items() if step not in self._sent]
+            if len(batches[-1][1]) + len(metrics) > MOST_METRICS:
+                batches.append(([], []))
+            batches[-1][0].append(step)
+            batches[-1][1].extend(metrics)
+        for steps, metrics in batches:
+            if metrics:
+                self._client.log_batch(self.run_id, metrics=metrics)
+            self._sent.update(steps)
+            with self._lock:
+                for step in steps:
+                    self._points.pop(step, None)
+
+    def _wake(self) -> None:
+        """Let the thread look for what there is to send."""
+        if not self._asked:
+            self._asked = True
+            self._worker.submit(self._drain)
 
     def _do(self, action: Callable[[], None]) -> None:
-        self._backlog.append(action)
-        self._drain()
+        if self._server:
+            with self._lock:
+                self._backlog.append(action)
+            self._wake()
 
     def params(self, config: RunConfig) -> None:
         """Log the run's whole config, flat and as a file, to the parent run."""
@@ -269,37 +323,24 @@ class StageLog:
 
     def step(self, step: int, measures: Mapping[str, float]) -> None:
         """Log one training step; points are sent in batches every few seconds."""
-        self._points.append((step, int(time.time() * 1000), dict(measures)))
-        if (started := time.monotonic()) > self._flush_at:
-            self._flush()
-            now = time.monotonic()
-            self._flush_at = now + max(SECONDS_BETWEEN_FLUSHES, (now - started) / LARGEST_SHARE)
-
-    def _flush(self) -> None:
-        points, self._points = self._points, []
-
-        def action() -> None:
-            from mlflow.entities import Metric
-
-            metrics = [
-                Metric(name, value, stamp, step)
-                for step, stamp, measures in points
-                if step not in self._sent
-                for name, value in measures.items()
-            ]
-            self._client.log_batch(self.run_id, metrics=metrics)
-            self._sent |= {step for step, _, _ in points}
-
-        if points:
-            self._do(action)
+        self._add({step: measures})
+        if (now := time.monotonic()) > self._flush_at and self._server:
+            self._flush_at = now + SECONDS_BETWEEN_FLUSHES
+            self._wake()
 
     def curves(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Log the steps of ``history`` that have not arrived yet, each once, in order."""
-        self._points = [
-            (row["step"], int(time.time() * 1000), {key: value for key, value in row.items() if key != "step"})
-            for row in history
-        ]
-        self._flush()
+        self._add({row["step"]: {key: value for key, value in row.items() if key != "step"} for row in history})
+        if self._server:
+            self._wake()
+
+    def _add(self, rows: Mapping[int, Mapping[str, float]]) -> None:
+        stamp = int(time.time() * 1000)
+        if self._server:
+            with self._lock:
+                for step, measures in rows.items():
+                    if step not in self._sent:
+                        self._points.setdefault(step, (stamp, dict(measures)))
 
     def index(self, index: Index) -> None:
         """Log a finished stage once: facts as metrics or tags, digests and producer as tags.
@@ -385,8 +426,9 @@ class StageLog:
         self._do(lambda: self._client.set_tag(self.run_id, FAILURE, reason[:500]))
 
     def close(self) -> None:
-        """Send what is left and end the run (an injected run is its owner's to end)."""
-        self._flush()
+        """Send what is left, wait for it, and end the run (an injected run is its owner's to end)."""
+        if not self._server:
+            return
 
         def action() -> None:
             if self._failed_before and self._status == "FINISHED":
@@ -397,8 +439,11 @@ class StageLog:
                 # Whoever runs the stage again opens it again; nobody may, and then it is over.
                 self._client.set_terminated(self.parent_id, self._status)
 
-        self._backlog.append(action)
-        if not self._drain(force=True):
+        with self._lock:
+            self._backlog.append(action)
+        whole = self._worker.submit(self._drain, force=True).result()
+        self._worker.shutdown(wait=False)
+        if not whole:
             logger.warning(
                 "MLflow at %s is still out of reach; %s is safe in the store, run the stage again to log it",
                 without_password(self.place.tracking_uri),
@@ -408,19 +453,31 @@ class StageLog:
     @contextmanager
     def system_metrics(self) -> Iterator[None]:
         """Record CPU, memory and accelerator use while a stage works, where MLflow can read them."""
-        monitor = None
-        if self._drain() and self.run_id:
-            try:
-                from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+        if not self._server:
+            yield
+            return
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-                monitor = SystemMetricsMonitor(self.run_id, resume_logging=True)
-                monitor.start()
+        monitors, over = [], threading.Event()
+
+        def action() -> None:
+            try:
+                # MLflow may come back at the very end.
+                if not over.is_set():
+                    monitor = SystemMetricsMonitor(self.run_id, resume_logging=True)
+                    monitor.start()
+                    monitors.append(monitor)
+                    if over.is_set():
+                        monitor.finish()
             except Exception as error:
                 logger.warning("system metrics are not available (%s)", type(error).__name__)
+
+        self._do(action)
         try:
             yield
         finally:
-            if monitor is not None:
+            over.set()
+            for monitor in monitors:
                 monitor.finish()
 
 
@@ -428,7 +485,8 @@ class StageLog:
 def stage(place: Place, name: str, iteration: int, system_metrics: bool = False) -> Iterator[StageLog]:
     """Open the MLflow run of a stage; an exception inside marks it as failed and passes on."""
     log = StageLog(place, name, iteration)
-    log._drain()
+    # So that the run is seen from the start.
+    log._do(lambda: None)
     try:
         if system_metrics:
             with log.system_metrics():

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from spin.__main__ import main
+from spin.store import SOON
 from tests import tiny
 from tests.integration.world import World
 
@@ -91,6 +92,9 @@ def untouched(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], tuple[int, str]]:
     """Give a function that calls the command line in this process and returns (exit code, standard error)."""
+
+    # How long a stage waits for a server that is away is tested with the store's faults.
+    monkeypatch.setattr("spin.store.PATIENT", SOON)
 
     def call(arguments: list[str]) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["spin", *arguments])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from minio import Minio
+from pydantic import ValidationError
 
 from spin.errors import SpinError
 from spin.store import Ref, Store, digest_of
@@ -189,6 +190,43 @@ def test_listing_never_leads_out_of_the_cache(
     assert repr(path) in line
     assert not list(cache.glob("*/*"))
     assert not list(tmp_path.rglob("*outside*"))
+
+
+@pytest.mark.parametrize("digest", ["../../../../etc/passwd", "/etc/hostname", "", "a" * 63, "A" * 64, "a" * 64 + "\n"])
+def test_a_digest_is_no_path(digest: str) -> None:
+    with pytest.raises(ValidationError, match="digest"):
+        Ref(kind="file", digest=digest, size=1, uri="s3://spin/objects/x")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"digest": "../../../../etc/passwd", "size": 4},
+        {"digest": "/etc/hostname", "size": 4},
+        {"digest": "a" * 64, "size": "4"},
+        {"digest": "a" * 64, "size": 4, "more": 1},
+        {"digest": "a" * 64},
+        "a",
+    ],
+)
+def test_a_listing_names_digests_alone(world: World, store: Store, cache: Path, entry: object) -> None:
+    listing = {"a.txt": entry}
+    ref = Ref(kind="folder", digest=digest_of(listing), size=4, uri=f"{store.uri}/folders/{digest_of(listing)}")
+    tamper(world, f"folders/{ref.digest}.json", json.dumps(listing).encode())
+    for read in (store.get, lambda ref: store.part(ref, "a.txt")):
+        assert "digests and sizes" in refusal(read, ref)
+    assert not list(cache.glob("*/*"))
+
+
+@pytest.mark.parametrize("left", [b"", b"short"])
+def test_what_a_crash_left_in_the_cache_is_fetched_again(store: Store, tmp_path: Path, left: bytes) -> None:
+    """A machine that loses its power keeps names, and not always what was written under them."""
+    write(tmp_path / "f" / "a", "whole before the crash")
+    file, folder = store.put_file(tmp_path / "f" / "a"), store.put_folder(tmp_path / "f")
+    for read in (lambda: store.get(file), lambda: store.get(folder) / "a", lambda: store.part(folder, "a")):
+        path = read()
+        path.write_bytes(left)
+        assert read().read_text() == "whole before the crash"
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
