@@ -3,6 +3,7 @@
 import copy
 import math
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -241,6 +242,101 @@ def test_bfloat16_stays_near_float32(world: Path) -> None:
     for one, other in pairs:
         assert other["loss"] == pytest.approx(one["loss"], rel=0.05)
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=0.1)
+
+
+def reference_in_float32(player: Trainer) -> Any:
+    """Return the reference as the opponent has it, every weight in float32."""
+    network = copy.deepcopy(player.model.denoiser).requires_grad_(False).eval()
+    assert {weight.dtype for weight in network.parameters()} == {torch.float32}
+    return network
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_references_weights_are_rounded_once_to_what_autocast_makes_of_them(
+    worlds: Callable[[str], Path], world: Path, family: str
+) -> None:
+    player = trainer(world if family == "sd1" else worlds(family), precision="bf16")
+    batch = player.batch(places(*range(8)))
+    with torch.no_grad():
+        wanted = player.errors(reference_in_float32(player), batch)
+    found = player.reference_errors(batch)
+    assert wanted[1] is not None
+    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(found[1], wanted[1])
+    dtypes = {
+        type(module).__name__: weight.dtype
+        for module in player.reference.modules()
+        for weight in module.parameters(recurse=False)
+    }
+    assert dtypes.pop("Linear") == dtypes.pop("Conv2d") == torch.bfloat16
+    assert set(dtypes.values()) <= {torch.float32}, "norms"
+    assert all(weight.dtype == torch.float32 for weight in player.model.denoiser.parameters())
+
+
+@pytest.mark.parametrize("options", [{"lora_rank": 4}, {"objective": "sft"}, {"mixed_precision": "no"}])
+def test_a_reference_that_is_the_player_keeps_float32(world: Path, options: dict[str, Any]) -> None:
+    player = trainer(world, precision="bf16", **options)
+    assert all(weight.dtype == torch.float32 for weight in player.reference.parameters())
+
+
+# --- the next batch is drawn while this one computes
+
+
+def others() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread is not threading.main_thread()}
+
+
+@pytest.mark.parametrize("options", [{}, {"objective": "exact-spin", "trajectory_steps": 2}], ids=["spin", "exact"])
+def test_drawing_ahead_changes_no_bit(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    drawers: list[bool] = []
+    draw = Trainer.draw
+    monkeypatch.setattr(
+        Trainer,
+        "draw",
+        lambda *given: drawers.append(threading.current_thread() is threading.main_thread()) or draw(*given),
+    )
+    before = others()
+    ahead = trainer(world, micro_batch_size=4, prompt_dropout=0.2, **options)
+    rows = run(ahead, tmp_path / "a")
+    # 3 steps of 2 micro-batches: all but the first are drawn beside the work, and none twice or for nothing.
+    assert drawers == [True, *[False] * 5]
+    for thread in others() - before:
+        thread.join(5)
+    assert others() <= before
+    monkeypatch.setattr(Trainer, "draw_ahead", lambda *_: None)
+    inline = trainer(world, micro_batch_size=4, prompt_dropout=0.2, **options)
+    assert run(inline, tmp_path / "b") == rows
+    assert drawers[6:] == [True] * 6
+    for name, weight in weights(ahead).items():
+        assert torch.equal(weight, weights(inline)[name])
+
+
+def test_what_goes_wrong_while_drawing_ahead_is_the_steps_error(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = trainer(world, micro_batch_size=4)
+    read = player.winners.winners
+
+    def broken(ids: Sequence[str]) -> torch.Tensor:
+        if threading.current_thread() is not threading.main_thread() and player.step == 1:
+            raise OSError("no such row")
+        return read(ids)
+
+    monkeypatch.setattr(player.winners, "winners", broken)
+    with pytest.raises(OSError, match="no such row"):
+        run(player, tmp_path)
+    assert player.step == 1
+
+
+def test_a_batch_that_was_not_drawn_ahead_is_drawn_when_it_is_asked_for(world: Path) -> None:
+    player = trainer(world)
+    wanted = player.batch(places(3, 4))
+    player.draw_ahead(places(1, 2))
+    found = player.batch(places(3, 4))
+    assert torch.equal(found.noise, wanted.noise)
+    assert torch.equal(found.winner, wanted.winner)
 
 
 # --- what a pair sees
