@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from spin import checkpoint, models
@@ -230,6 +231,31 @@ def test_a_compiled_step_is_the_same_step(world: Path, monkeypatch: pytest.Monke
     one, other = plain.train_step(), compiled.train_step()
     assert other == pytest.approx(one, rel=1e-4, abs=1e-6)
     assert weights(compiled).keys() == weights(plain).keys()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+@pytest.mark.timeout(900)
+def test_what_inductor_compiles_is_the_same_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default backend, in float32: the smallest UNet's prediction and gradients, within rounding."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.manual_seed(0)
+    plain = UNet2DConditionModel(
+        sample_size=4, in_channels=4, out_channels=4, block_out_channels=(8,), layers_per_block=0, norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=8,
+        attention_head_dim=4, mid_block_type=None,
+    )  # fmt: skip
+    compiled = copy.deepcopy(plain)
+    compiled.compile(dynamic=False)
+    given = torch.randn(2, 4, 4, 4), torch.tensor([3, 900]), torch.randn(2, 5, 8)
+    one, other = (network(*given).sample for network in (plain, compiled))
+    torch.testing.assert_close(other, one, rtol=0, atol=1e-5 * float(one.detach().abs().max()))
+    for prediction in (one, other):
+        prediction.square().mean().backward()
+    found = {name: weight.grad for name, weight in compiled.named_parameters()}
+    scale = max(float(weight.grad.abs().max()) for weight in plain.parameters())
+    assert scale > 0
+    for name, weight in plain.named_parameters():
+        torch.testing.assert_close(found[name], weight.grad, rtol=0, atol=1e-5 * scale, msg=name)
 
 
 def test_bfloat16_stays_near_float32(world: Path) -> None:
