@@ -1,7 +1,10 @@
 """How ways of doing the same work are timed side by side, and how a result is kept."""
 
 import json
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,15 +31,13 @@ def interleaved(ways: Mapping[str, Callable[[], Any]], device: torch.device, rep
     """Time every way once per round, so that a neighbour's load hits all of them; one round before warms them up.
 
     Returns:
-        Per way: ``seconds`` of every round, ``median`` of them, ``wall`` seconds, on CUDA ``peak_gib``, and ``last``,
-        its last result. On a CPU ``seconds`` are those that the processor spent on it, of all threads.
+        Per way: ``seconds`` of every round, ``median`` of them, ``wall`` seconds, and ``last``, its last result. On a
+        CPU ``seconds`` are those that the processor spent on it, of all threads.
     """
     told: dict[str, dict[str, Any]] = {name: {"seconds": [], "wall": []} for name in ways}
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     for turn in range(repeats + 1):
         for name, way in ways.items():
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
             finish(device)
             began, started = time.perf_counter(), clock()
             told[name]["last"] = way()
@@ -46,11 +47,35 @@ def interleaved(ways: Mapping[str, Callable[[], Any]], device: torch.device, rep
                 told[name]["seconds"].append(round(seconds, 4))
                 told[name]["wall"].append(round(wall, 4))
                 console.print(f"round {turn} of {repeats}: {name}, {seconds:.2f} s", markup=False)
-            if device.type == "cuda":
-                told[name]["peak_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
     for found in told.values():
         found["median"] = statistics.median(found["seconds"])
     return told
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """Return this process's largest resident memory so far and, on CUDA, the largest that its tensors took, in MiB."""
+    found = {"resident_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)}
+    if device.type == "cuda":
+        found["device_mib"] = round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    return found
+
+
+def point(benchmark: str, work: str, **arguments: Any) -> Any:
+    """Return what ``work(**arguments)`` of a benchmark finds in a process of its own, so that its memory is its own."""
+    asked = json.dumps({"work": work, **arguments})
+    command = [sys.executable, "-m", f"benchmarks.{benchmark}", "--point", asked]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"expected {work} {arguments} to finish, got {done.returncode}:\n{done.stderr[-2000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    console.print(f"{work} {arguments}: {found}", markup=False)
+    return found
+
+
+def answer(asked: str, works: Mapping[str, Any]) -> None:
+    """Do what ``point`` asked this process for, one of ``works``, and print what it found."""
+    given = json.loads(asked)
+    print(json.dumps(works[given.pop("work")](**given)))
 
 
 def rates(told: dict[str, dict[str, Any]], items: Mapping[str, int], flops: Mapping[str, float], top: float) -> None:

@@ -1,4 +1,4 @@
-"""Cost against size: pairs, shards, resolution, iterations, processes; and memory against data size.
+"""Cost against size: pairs, shards, resolution, processes, iterations of self-play; and memory against data size.
 
     python -m benchmarks.scaling
 
@@ -6,25 +6,26 @@ Each point is a process of its own, so that its memory is its own; a second proc
 """
 
 import json
-import resource
-import subprocess
-import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from benchmarks.measure import console, finish, keep
+from benchmarks.measure import answer, finish, keep, memory, point
 from benchmarks.sampling import first_noise
-from benchmarks.training import data_of, trainer_of
+from benchmarks.training import config_of, data_of, trainer_of
 from benchmarks.world import World, world
 from spin.config import GenerateConfig
+from spin.data.dataset import Dataset, Latents
 from spin.models import best_device
 from spin.processes import joined, rank, spread
-from spin.sampling import fast_precision, sample_latents, shard_batches
+from spin.sampling import batches, fast_precision, sample_latents, shard_batches
+from spin.seeding import noise_of
+from spin.training import Trainer, consumed
 
 
 def random_data(folder: Path, place: World, pairs: int) -> Any:
@@ -40,20 +41,16 @@ def write_data(folder: str, size: str, pairs: int) -> None:
 
 
 def training(size: str, folder: str, batch: int, steps: int) -> dict[str, float]:
-    """Train ``steps`` steps; return seconds per step and this process's largest memory in MiB."""
-    from spin.data.dataset import Dataset
-
+    """Train ``steps`` steps; return seconds per step and the memory taken."""
     device = best_device()
-    place = world(size, device)
-    trainer = trainer_of(
-        place, Dataset(Path(folder)), fast_precision(device), False, batch_size=batch, micro_batch_size=batch // 2
-    )
+    sizes = {"batch_size": batch, "micro_batch_size": batch // 2}
+    trainer = trainer_of(world(size, device).model, Dataset(Path(folder)), fast_precision(device), False, **sizes)
     trainer.train_step()
     started = time.perf_counter()
     for _ in range(steps):
         trainer.train_step()
     finish(device)
-    return {"seconds": (time.perf_counter() - started) / steps, "mib": memory()}
+    return {"seconds": round((time.perf_counter() - started) / steps, 4), **memory(device)}
 
 
 def shared_training(size: str, folder: str, batch: int, steps: int, target: str) -> None:
@@ -64,11 +61,39 @@ def shared_training(size: str, folder: str, batch: int, steps: int, target: str)
         Path(target).write_text(json.dumps(found))
 
 
+def playing(size: str, folder: str, batch: int, steps: int, iterations: int) -> dict[int, dict[str, float]]:
+    """Play ``iterations``, each with its own losers and its own reference; return what each of them took."""
+    device = best_device()
+    place = world(size, device)
+    model, data, precision, told = place.model, Dataset(Path(folder)), fast_precision(device), {}
+    sizes = {"batch_size": batch, "micro_batch_size": batch // 2, "steps": [steps]}
+    config, drawing = config_of(**sizes), GenerateConfig(num_inference_steps=4, batch_size=8)
+    for iteration in range(1, iterations + 1):
+        started = time.perf_counter()
+        rows = sorted(consumed(data.ids, config, iteration))
+        drawn = []
+        for part in batches(len(rows), drawing.batch_size):
+            names = [data.ids[rows[i]] for i in part]
+            noise = torch.stack([noise_of(place.shape, "generate", iteration, name) for name in names])
+            prompts = [data.prompts[rows[i]] for i in part]
+            drawn.append(sample_latents(model, prompts, noise, drawing, precision).cpu())
+        path = Path(folder) / f"played-{iteration}.safetensors"
+        Latents.write(path, [data.ids[row] for row in rows], torch.cat(drawn))
+        between = time.perf_counter()
+        trainer = Trainer(model, data, Latents([path]), config, iteration, precision)
+        for _ in range(steps):
+            trainer.train_step()
+        model.denoiser = trainer.player_denoiser().requires_grad_(False).eval()
+        finish(device)
+        spent = {"generate_seconds": between - started, "train_seconds": time.perf_counter() - between}
+        told[iteration] = {name: round(value, 3) for name, value in spent.items()} | memory(device)
+    return told
+
+
 def sampling(size: str, resolution: int, images: int, shards: int) -> dict[str, float]:
     """Draw all shards' images one after another; return seconds per image and of the longest shard."""
     device = best_device()
-    found = world(size, device)
-    place = World(found.size, found.stock, found.model, resolution, found.guidance)
+    place = replace(world(size, device), resolution=resolution)
     config = GenerateConfig(num_inference_steps=4, guidance_scale=place.guidance, batch_size=8)
     prompts = place.prompts(images)
     spent: list[float] = []
@@ -81,28 +106,13 @@ def sampling(size: str, resolution: int, images: int, shards: int) -> dict[str, 
                 break
         finish(device)
         spent.append(time.perf_counter() - started)
-    return {"seconds": sum(spent[1:]) / images, "longest_shard": max(spent[1:]), "mib": memory()}
-
-
-def memory() -> float:
-    """Return the largest resident memory of this process so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def point(work: str, **arguments: Any) -> dict[str, float]:
-    """Run ``work`` in a new process; return what it found."""
-    command = [sys.executable, "-m", "benchmarks.scaling", "--point", json.dumps({"work": work, **arguments})]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"expected {work} {arguments} to finish, got {done.returncode}:\n{done.stderr[-2000:]}")
-    found = {key: round(value, 4) for key, value in json.loads(done.stdout.splitlines()[-1]).items()}
-    console.print(f"{work} {arguments.get('pairs', arguments)}: {found}", markup=False)
-    return found
+    told = {"seconds": sum(spent[1:]) / images, "longest_shard": max(spent[1:])}
+    return {name: round(value, 4) for name, value in told.items()} | memory(device)
 
 
 def best(work: str, repeats: int, **arguments: Any) -> dict[str, float]:
     """Return the fastest of several points: neighbours only ever slow one down."""
-    return min((point(work, **arguments) for _ in range(repeats)), key=lambda found: found["seconds"])
+    return min((point("scaling", work, **arguments) for _ in range(repeats)), key=lambda found: found["seconds"])
 
 
 def main(
@@ -110,12 +120,11 @@ def main(
     batch: Annotated[int, typer.Option(help="pairs per step")] = 16,
     steps: Annotated[int, typer.Option(help="steps per point")] = 4,
     repeats: Annotated[int, typer.Option(help="processes per point")] = 2,
-    point: Annotated[str, typer.Option(help="one point, as JSON; used by the command itself", hidden=True)] = "",
+    asked: Annotated[str, typer.Option("--point", help="used by the command itself", hidden=True)] = "",
 ) -> None:
     """Measure and write results/scaling-<size>-<device>.json."""
-    if point:
-        given = json.loads(point)
-        print(json.dumps(globals()[given.pop("work")](**given) or {}))
+    if asked:
+        answer(asked, globals())
         return
     result: dict[str, Any] = {"batch": batch}
     with tempfile.TemporaryDirectory(prefix="spin-") as scratch:
@@ -123,16 +132,16 @@ def main(
         for pairs in (1_000, 10_000):
             folders[pairs] = Path(scratch) / str(pairs)
             folders[pairs].mkdir()
-            globals()["point"]("write_data", folder=str(folders[pairs]), size=size, pairs=pairs)
+            point("scaling", "write_data", folder=str(folders[pairs]), size=size, pairs=pairs)
         result["training_by_pairs"] = {
             pairs: best("training", repeats, size=size, folder=str(folder), batch=batch, steps=steps)
             for pairs, folder in folders.items()
         }
         one, ten = result["training_by_pairs"].values()
-        result["memory_at_10x_data"] = round(ten["mib"] / one["mib"], 3)
-        result["training_by_steps"] = {
-            n: best("training", 1, size=size, folder=str(folders[1_000]), batch=batch, steps=n) for n in (2, 8)
-        }
+        result["memory_at_10x_data"] = round(ten["resident_mib"] / one["resident_mib"], 3)
+        result["play_by_iterations"] = point(
+            "scaling", "playing", size=size, folder=str(folders[1_000]), batch=batch, steps=steps, iterations=3
+        )
         target = Path(scratch) / "shared.json"
         spread(2, shared_training, size, str(folders[1_000]), batch, steps, str(target))
         result["training_by_processes"] = {1: one, 2: json.loads(target.read_text())}

@@ -1,11 +1,10 @@
 """The models that are measured: the packaged emoji model, or SD-1.5 and SDXL in full size with random weights."""
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from spin import models
@@ -13,7 +12,7 @@ from spin.emoji import concepts
 from spin.families import FAMILIES
 from spin.models import Model
 
-NOISE = {
+NOISE: dict[str, Any] = {
     "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
     "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
 }  # fmt: skip
@@ -21,10 +20,9 @@ NOISE = {
 
 @dataclass(frozen=True)
 class World:
-    """The stock pipeline, our model of the same weights, and how their images are drawn and compared."""
+    """A model, and how its images are drawn and compared."""
 
     size: str
-    stock: Any
     model: Model
     resolution: int
     guidance: float
@@ -43,22 +41,12 @@ class World:
 def world(size: str, device: torch.device) -> World:
     """Return the world ``emoji`` (as it was trained), ``sd15`` or ``sdxl`` (random weights, no download)."""
     if size == "emoji":
-        folder = models.find("emoji")
-        stock = DiffusionPipeline.from_pretrained(folder, safety_checker=None).to(device)
-        stock.set_progress_bar_config(disable=True)
-        return World(size, stock, models.load(folder, device), 64, 3.5)
+        return World(size, models.load(models.find("emoji"), device), 64, 3.5)
     torch.manual_seed(0)
     with device:
         name, parts = {"sd15": _sd15, "sdxl": _sdxl}[size]()
-    family = FAMILIES[name]
-    config: dict[str, Any] = NOISE
-    ours = models.assemble(family, {}, copy.deepcopy(parts), config, device)
-    for part in parts.values():
-        if isinstance(part, torch.nn.Module):
-            part.to(device).requires_grad_(False).eval()
-    stock = family.assemble({}, parts)
-    stock.set_progress_bar_config(disable=True)
-    return World(size, stock, ours, 512 if size == "sd15" else 1024, 7.5)
+    model = models.assemble(FAMILIES[name], {}, parts, NOISE, device)
+    return World(size, model, 512 if size == "sd15" else 1024, 7.5)
 
 
 def _tokenizer() -> CLIPTokenizer:

@@ -28,6 +28,9 @@ def passes_per_image(config: GenerateConfig) -> int:
     """Return the passes that one drawn image costs; a guided one counts twice."""
     # Pseudo-linear multistep methods begin with a second look at their first step.
     calls = config.num_inference_steps + (config.solver == "pndm")
+    if config.solver == "edm":
+        # Heun's method looks twice at every step but the last.
+        calls = 2 * config.num_inference_steps - 1
     return calls + sum(config.guided(calls))
 
 

@@ -48,8 +48,9 @@ class DataConfig(_Config):
 class GenerateConfig(_Config):
     """How the opponent draws the losers (and how the player is drawn for scoring)."""
 
-    solver: Literal["auto", "dpm-solver++", "ddim", "pndm", "unipc", "deis", "euler"] = "auto"
-    """``auto``: DPM-Solver++, Euler for a flow model (its only one). ``euler`` is EDM's, DDIM in other variables."""
+    solver: Literal["auto", "dpm-solver++", "ddim", "pndm", "unipc", "deis", "euler", "edm"] = "auto"
+    """``auto``: DPM-Solver++, Euler for a flow model (its only one). ``edm`` is Karras et al.'s
+    Heun sampler, which looks twice at a step; ``euler`` is DDIM in other variables."""
     num_inference_steps: Positive = 20
     """Steps of the solver: DPM-Solver++'s 20 exceed PNDM's 50 in the paper's rebuttal."""
     guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 7.5

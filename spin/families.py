@@ -39,6 +39,16 @@ class Conditioning:
         pooled = [part.pooled for part in parts if part.pooled is not None]
         return cls(torch.cat([part.text for part in parts]), torch.cat(pooled) if pooled else None)
 
+    def rows(self) -> list[Self]:
+        """Return every prompt's own, [1, ...]; none keeps the others' memory."""
+        texts = [text.clone() for text in self.text.split(1)]
+        pooled = [None] * len(texts) if self.pooled is None else [one.clone() for one in self.pooled.split(1)]
+        return [type(self)(text, one) for text, one in zip(texts, pooled, strict=True)]
+
+    @property
+    def nbytes(self) -> int:
+        return self.text.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
+
     def where(self, chosen_B: torch.Tensor, other: Self) -> Self:
         """Return this conditioning in the ``chosen_B`` rows (bool) and ``other``'s in the rest."""
         text = torch.where(chosen_B[:, None, None], self.text, other.text)

@@ -11,6 +11,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
@@ -52,6 +53,17 @@ SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "unipc": (UniPCMultistepScheduler, {"thresholding": False, "solver_type": "bh2"}),
     "deis": (DEISMultistepScheduler, {"algorithm_type": "deis", "solver_type": "logrho", "thresholding": False}),
     "euler": (EulerDiscreteScheduler, {}),
+    # Karras et al. 2022, Algorithm 1 without noise: Heun's method on the noise levels of their Eq. 5.
+    "edm": (
+        HeunDiscreteScheduler,
+        {
+            "use_karras_sigmas": True,
+            "use_exponential_sigmas": False,
+            "use_beta_sigmas": False,
+            "clip_sample": False,
+            "timestep_spacing": "linspace",
+        },
+    ),
 }
 """Schedulers of diffusion models by ``generate.solver``, with what must not be another one's setting."""
 

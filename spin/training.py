@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -69,6 +70,18 @@ class Batch:
     conditioning: Conditioning
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What a ``Batch`` is made of, in main memory."""
+
+    winner: torch.Tensor
+    loser: torch.Tensor | None
+    noise: torch.Tensor
+    loser_noise: torch.Tensor | None
+    timestep: torch.Tensor
+    prompts: list[str]
+
+
 def process_for(config: TrainConfig, scheduler_config: Mapping[str, Any]) -> Diffusion | Flow:
     """Return the process of a model that is to be trained so.
 
@@ -89,6 +102,16 @@ def process_for(config: TrainConfig, scheduler_config: Mapping[str, Any]) -> Dif
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return ``tensor`` on ``device``; a GPU's queue is not waited for, as it would be for memory that can move."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def round_weights(network: torch.nn.Module) -> None:
+    """Keep the weights of a frozen network's products in bfloat16, which autocast would make of them in every pass.
+
+    Norms compute in float32 and keep theirs.
+    """
+    for module in network.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            module.to(torch.bfloat16)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -196,6 +219,7 @@ class Trainer:
             self._make_players(compiled)
         self.step, self.drift = 0, 0.0
         self._vote: torch.Tensor | None = None
+        self._coming: tuple[list[tuple[int, int]], Future[Drawn]] | None = None
         self.history: list[dict[str, float]] = []
 
     @property
@@ -245,7 +269,9 @@ class Trainer:
             shard(denoiser, device, self.precision)
             if self.reference is not denoiser:
                 shard(self.reference, device, self.precision)
-        elif compiled:
+        elif self.precision == "bf16" and self.reference is not denoiser:
+            round_weights(self.reference)
+        if compiled and not self.sharded:
             for network in {denoiser, self.reference}:
                 network.compile(dynamic=False)
         optimizer = torch.optim.AdamW(
@@ -262,8 +288,22 @@ class Trainer:
         self.average = EMAModel(list(checkpoint.trained(denoiser).values()), decay=decay) if decay else None
 
     def batch(self, places: Sequence[tuple[int, int]]) -> Batch:
-        """Assemble the micro-batch of (epoch, row) ``places``; each pair has one timestep and one noise."""
-        device, ids = self.model.device, [self.winners.ids[row] for _, row in places]
+        """Return the micro-batch of (epoch, row) ``places``, which may have been drawn ahead."""
+        device, drawn = self.model.device, self._drawn(places)
+        noise = sent(drawn.noise, device)
+        return Batch(
+            sent(drawn.winner, device),
+            None if drawn.loser is None else sent(drawn.loser, device),
+            noise,
+            noise if drawn.loser_noise is None else sent(drawn.loser_noise, device),
+            sent(drawn.timestep, device),
+            # A dropped prompt must become what guidance will compare with, or the player's empty half stays untrained.
+            self.embed(drawn.prompts),
+        )
+
+    def draw(self, places: Sequence[tuple[int, int]]) -> Drawn:
+        """Read and draw what a micro-batch is made of; each pair has one timestep and one noise."""
+        ids = [self.winners.ids[row] for _, row in places]
         name = ("train", self.config.seed, self.iteration)
         shape: tuple[int, ...] = self.winners.latents_shape
         if self.config.objective == "exact-spin":
@@ -271,22 +311,34 @@ class Trainer:
 
         def noise_for(*kind: str) -> torch.Tensor:
             rows = [noise_of(shape, *kind, *name, epoch, id) for (epoch, _), id in zip(places, ids, strict=True)]
-            return sent(torch.stack(rows, dim=len(shape) - len(self.winners.latents_shape)), device)
+            return torch.stack(rows, dim=len(shape) - len(self.winners.latents_shape))
 
         noise = noise_for()
         draws = [generator_of("timestep", *name, epoch, id) for (epoch, _), id in zip(places, ids, strict=True)]
         timestep = torch.cat([self.process.draw(draw) for draw in draws])
         dropped = torch.cat([torch.rand(1, generator=draw) for draw in draws]) < self.config.prompt_dropout
-        prompts = ["" if drop else self.winners.prompts[row] for drop, (_, row) in zip(dropped, places, strict=True)]
-        return Batch(
-            sent(self.winners.winners(ids) if self.best is None else self.best.of(ids), device),
-            None if self.losers is None else sent(self.losers_of(places), device),
+        return Drawn(
+            self.winners.winners(ids) if self.best is None else self.best.of(ids),
+            None if self.losers is None else self.losers_of(places),
             noise,
-            noise if self.config.shared_noise else noise_for("loser"),
-            sent(timestep, device),
-            # A dropped prompt must become what guidance will compare with, or the player's empty half stays untrained.
-            self.embed(prompts),
+            None if self.config.shared_noise else noise_for("loser"),
+            timestep,
+            ["" if drop else self.winners.prompts[row] for drop, (_, row) in zip(dropped, places, strict=True)],
         )
+
+    def draw_ahead(self, places: Sequence[tuple[int, int]]) -> None:
+        """Begin to draw a micro-batch beside what computes, in a thread that ends with it."""
+        worker = ThreadPoolExecutor(1)
+        self._coming = list(places), worker.submit(self.draw, places)
+        worker.shutdown(wait=False)
+
+    def _drawn(self, places: Sequence[tuple[int, int]]) -> Drawn:
+        coming, self._coming = self._coming, None
+        if coming and coming[0] == list(places):
+            return coming[1].result()
+        if coming:
+            wait([coming[1]])
+        return self.draw(places)
 
     def embed(self, prompts: list[str]) -> Conditioning:
         """Return what the denoiser hears of ``prompts``."""
@@ -443,12 +495,11 @@ class Trainer:
             Stopped: ``stop`` said so between two micro-batches; the weights are those of the step before.
             SpinError: see ``fitting``.
         """
-        config, rank = self.config, self.accelerator.process_index
+        config = self.config
         rate = learning_rate(config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        places = order(self.winners.ids, config.seed, self.iteration, self.step * config.batch_size, config.batch_size)
-        sums = self.fitting(partial(self._accumulate, places[rank :: self.accelerator.num_processes], stop))
+        sums = self.fitting(partial(self._accumulate, stop))
         norm = self.accelerator.clip_grad_norm_(checkpoint.trained(self.player).values(), config.max_grad_norm)
         # The first step makes Adam's moments, which may be what does not fit.
         with room_for("the optimizer's moments", FEWER):
@@ -463,15 +514,25 @@ class Trainer:
         self.step += 1
         return dict(zip([*sums, "grad_norm"], told, strict=True)) | {"learning_rate": rate}
 
-    def _accumulate(self, places: Sequence[tuple[int, int]], stop: Callable[[], bool]) -> dict[str, torch.Tensor]:
+    def _places(self, step: int) -> list[tuple[int, int]]:
+        """Return this process's share of a step's batch, as (epoch, row)."""
+        size = self.config.batch_size
+        places = order(self.winners.ids, self.config.seed, self.iteration, step * size, size)
+        return places[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def _accumulate(self, stop: Callable[[], bool]) -> dict[str, torch.Tensor]:
         """Sum up the gradients of this process's share of a batch; return its mean measures."""
-        size, sums = self.micro_batch_size, dict[str, torch.Tensor]()
+        size, sums, places = self.micro_batch_size, dict[str, torch.Tensor](), self._places(self.step)
+        following = self._places(self.step + 1) if self.step + 1 < self.steps else []
         for micro in range(self.accumulation):
             if self._asked(stop):
                 self.optimizer.zero_grad(set_to_none=True)
                 raise Stopped
-            part = places[micro * size : (micro + 1) * size]
-            objective = self.learn(self.batch(part), last=micro == self.accumulation - 1)
+            batch = self.batch(places[micro * size : (micro + 1) * size])
+            last = micro == self.accumulation - 1
+            if coming := following[:size] if last else places[(micro + 1) * size : (micro + 2) * size]:
+                self.draw_ahead(coming)
+            objective = self.learn(batch, last=last)
             for name, value in objective.measures.items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value / self.accumulation
         return sums

@@ -68,6 +68,9 @@ def test_a_run_is_its_steps_and_its_losers() -> None:
         ({"guidance_scale": 1}, 20),
         ({"guidance_interval": [0.25, 0.75]}, 30),
         ({"solver": "pndm", "num_inference_steps": 50}, 102),
+        # 2 n - 1 looks, two passes each
+        ({"solver": "edm", "num_inference_steps": 18}, 70),
+        ({"solver": "edm", "num_inference_steps": 18, "guidance_scale": 1}, 35),
     ],
 )
 def test_passes_of_an_image(options: dict[str, Any], expected: int) -> None:

@@ -5,9 +5,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -18,8 +20,11 @@ from diffusers import (
 )
 
 from spin import models
+from spin.budget import passes_per_image
 from spin.config import GenerateConfig
+from spin.diffusion import process_of
 from spin.errors import SpinError
+from spin.families import Conditioning
 from spin.models import Model
 from spin.sampling import (
     SOLVERS,
@@ -158,6 +163,38 @@ def test_every_solver_draws_what_diffusers_draws(model: Model, base: Path, name:
     assert float((found - fewer).abs().max()) > 20 * TOLERANCE
 
 
+def test_edm_is_the_papers_deterministic_sampler(model: Model) -> None:
+    """Karras et al. 2022, Algorithm 1 without noise, on Eq. 5's noise levels: 2 n - 1 looks, as the budget counts."""
+    options = config(num_inference_steps=4, solver="edm", guidance_scale=1)
+    levels: list[float] = []
+    hook = model.denoiser.register_forward_pre_hook(lambda *_: levels.append(0.0))
+    try:
+        found = sample_latents(model, PROMPTS[:1], noise(PROMPTS[0]), options, "fp32")
+    finally:
+        hook.remove()
+    assert len(levels) == 7 == passes_per_image(options)
+    train = (
+        (1 - process_of(model.scheduler_config).alphas_cumprod) / process_of(model.scheduler_config).alphas_cumprod
+    ).sqrt()
+    low, high = float(train[0]), float(train[-1])
+    sigmas = [(high ** (1 / 7) + i / 3 * (low ** (1 / 7) - high ** (1 / 7))) ** 7 for i in range(4)] + [0.0]
+    text = model.embed(PROMPTS[:1])
+
+    @torch.no_grad()
+    def slope(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        """dx / dsigma is the noise that an epsilon model sees; it is told where log sigma lies in the schedule's."""
+        logs = train.log().double().numpy()
+        timestep = torch.tensor(np.interp(np.log(sigma), logs, np.arange(len(logs))), dtype=torch.float32)
+        return model.predict(model.denoiser, x / (sigma**2 + 1) ** 0.5, timestep, text)
+
+    x = noise(PROMPTS[0]) * high
+    for now, then in pairwise(sigmas):
+        first = slope(x, now)
+        euler = x + (then - now) * first
+        x = x + (then - now) * (first + slope(euler, then)) / 2 if then else euler
+    torch.testing.assert_close(found, x, rtol=0, atol=1e-4 * float(x.abs().max()))
+
+
 def test_a_flow_has_one_solver(made: Callable[[str], Path]) -> None:
     flow = models.load(made("sd3"), CPU)
     with pytest.raises(SpinError, match=r"^expected generate.solver auto or euler for a flow model, got 'ddim'; "):
@@ -222,6 +259,72 @@ def test_short_batches_are_padded_to_one_shape_where_it_matters(model: Model, co
     assert [len(latents) for latents in found] == [4, 3, 1]
     torch.testing.assert_close(found[1], found[0][:3], rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(found[2], found[0][:1], rtol=0, atol=TOLERANCE)
+
+
+# --- what the denoiser hears
+
+
+def encodings(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Return the batches of prompts that the text encoder is given from now on."""
+    seen: list[list[str]] = []
+    encode = Model.encode_prompts
+    monkeypatch.setattr(Model, "encode_prompts", lambda own, prompts: seen.append(prompts) or encode(own, prompts))
+    return seen
+
+
+def test_a_prompt_is_encoded_once(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.load(base, CPU)
+    seen = encodings(monkeypatch)
+    for _ in range(2):
+        sample_latents(model, PROMPTS, noise(*PROMPTS), config(), "fp32")
+    assert sorted({prompt for batch in seen for prompt in batch}) == sorted({*PROMPTS, ""})
+    assert len(seen) == 2, "the prompts, and the empty one that guidance compares with"
+    model.embed(["dog, blue", "new", "a hat"])
+    assert set(seen[2]) == {"new"}
+    with autocast(CPU, "bf16"):
+        model.embed(["new"])
+    assert len(seen) == 4, "in another precision it is another text"
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_heard_of_a_prompt_does_not_depend_on_its_batch_or_on_what_was_heard_before(
+    made: Callable[[str], Path], family: str, precision: str
+) -> None:
+    """To the bit, so that a run that goes on, or a shard, hears what an uninterrupted one does."""
+    prompts = [*PROMPTS, "", *(f"p{i}" for i in range(9))]
+    whole, parts = models.load(made(family), CPU), models.load(made(family), CPU)
+    with autocast(CPU, precision):
+        together = whole.embed(prompts)
+        alone = Conditioning.cat([parts.embed([prompt]) for prompt in reversed(prompts)][::-1])
+        once = whole.encode_prompts(prompts)
+    assert torch.equal(together.text, alone.text)
+    torch.testing.assert_close(together.text, once.text, rtol=0, atol=1e-6 if precision == "fp32" else 0.02)
+    if together.pooled is not None:
+        assert alone.pooled is not None
+        assert torch.equal(together.pooled, alone.pooled)
+
+
+def test_what_was_heard_takes_bounded_memory(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.load(base, CPU)
+    one = model.embed(["red cat"]).text
+    monkeypatch.setattr(models, "HEARD_BYTES", 3 * one.nbytes)
+    wanted = [model.encode_prompts([f"p{i}"]).text[0] for i in range(6)]
+    seen = encodings(monkeypatch)
+    found = model.embed([f"p{i}" for i in range(6)])
+    torch.testing.assert_close(found.text, torch.stack(wanted), rtol=0, atol=1e-6)
+    assert len(model.heard) == 3
+    model.embed(["p3"])
+    model.embed(["p9"])
+    model.embed(["p3", "p5"])
+    assert [batch[0] for batch in seen] == ["p0", "p9"], "the one not asked for longest goes first"
+
+
+def test_what_was_heard_without_gradients_in_sight_can_be_learnt_from(base: Path) -> None:
+    model = models.load(base, CPU)
+    with torch.inference_mode():
+        model.embed(["red cat"])
+    assert not model.embed(["red cat"]).text.is_inference()
 
 
 def test_an_image_does_not_depend_on_its_neighbours_or_its_position(model: Model) -> None:

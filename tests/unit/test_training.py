@@ -3,6 +3,7 @@
 import copy
 import math
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from spin import checkpoint, models
@@ -233,6 +235,31 @@ def test_a_compiled_step_is_the_same_step(world: Path, monkeypatch: pytest.Monke
     assert weights(compiled).keys() == weights(plain).keys()
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+@pytest.mark.timeout(900)
+def test_what_inductor_compiles_is_the_same_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default backend, in float32: the smallest UNet's prediction and gradients, within rounding."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.manual_seed(0)
+    plain = UNet2DConditionModel(
+        sample_size=4, in_channels=4, out_channels=4, block_out_channels=(8,), layers_per_block=0, norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=8,
+        attention_head_dim=4, mid_block_type=None,
+    )  # fmt: skip
+    compiled = copy.deepcopy(plain)
+    compiled.compile(dynamic=False)
+    given = torch.randn(2, 4, 4, 4), torch.tensor([3, 900]), torch.randn(2, 5, 8)
+    one, other = (network(*given).sample for network in (plain, compiled))
+    torch.testing.assert_close(other, one, rtol=0, atol=1e-5 * float(one.detach().abs().max()))
+    for prediction in (one, other):
+        prediction.square().mean().backward()
+    found = {name: weight.grad for name, weight in compiled.named_parameters()}
+    scale = max(float(weight.grad.abs().max()) for weight in plain.parameters())
+    assert scale > 0
+    for name, weight in plain.named_parameters():
+        torch.testing.assert_close(found[name], weight.grad, rtol=0, atol=1e-5 * scale, msg=name)
+
+
 def test_bfloat16_stays_near_float32(world: Path) -> None:
     """Errors are taken in float32 of rounded predictions: 2^-8 each, of a loss that starts at the same ln 2."""
     exact, rough = (
@@ -243,6 +270,101 @@ def test_bfloat16_stays_near_float32(world: Path) -> None:
     for one, other in pairs:
         assert other["loss"] == pytest.approx(one["loss"], rel=0.05)
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=0.1)
+
+
+def reference_in_float32(player: Trainer) -> Any:
+    """Return the reference as the opponent has it, every weight in float32."""
+    network = copy.deepcopy(player.model.denoiser).requires_grad_(False).eval()
+    assert {weight.dtype for weight in network.parameters()} == {torch.float32}
+    return network
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_references_weights_are_rounded_once_to_what_autocast_makes_of_them(
+    worlds: Callable[[str], Path], world: Path, family: str
+) -> None:
+    player = trainer(world if family == "sd1" else worlds(family), precision="bf16")
+    batch = player.batch(places(*range(8)))
+    with torch.no_grad():
+        wanted = player.errors(reference_in_float32(player), batch)
+    found = player.reference_errors(batch)
+    assert wanted[1] is not None
+    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(found[1], wanted[1])
+    dtypes = {
+        type(module).__name__: weight.dtype
+        for module in player.reference.modules()
+        for weight in module.parameters(recurse=False)
+    }
+    assert dtypes.pop("Linear") == dtypes.pop("Conv2d") == torch.bfloat16
+    assert set(dtypes.values()) <= {torch.float32}, "norms"
+    assert all(weight.dtype == torch.float32 for weight in player.model.denoiser.parameters())
+
+
+@pytest.mark.parametrize("options", [{"lora_rank": 4}, {"objective": "sft"}, {"mixed_precision": "no"}])
+def test_a_reference_that_is_the_player_keeps_float32(world: Path, options: dict[str, Any]) -> None:
+    player = trainer(world, precision="bf16", **options)
+    assert all(weight.dtype == torch.float32 for weight in player.reference.parameters())
+
+
+# --- the next batch is drawn while this one computes
+
+
+def others() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread is not threading.main_thread()}
+
+
+@pytest.mark.parametrize("options", [{}, {"objective": "exact-spin", "trajectory_steps": 2}], ids=["spin", "exact"])
+def test_drawing_ahead_changes_no_bit(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    drawers: list[bool] = []
+    draw = Trainer.draw
+    monkeypatch.setattr(
+        Trainer,
+        "draw",
+        lambda *given: drawers.append(threading.current_thread() is threading.main_thread()) or draw(*given),
+    )
+    before = others()
+    ahead = trainer(world, micro_batch_size=4, prompt_dropout=0.2, **options)
+    rows = run(ahead, tmp_path / "a")
+    # 3 steps of 2 micro-batches: all but the first are drawn beside the work, and none twice or for nothing.
+    assert drawers == [True, *[False] * 5]
+    for thread in others() - before:
+        thread.join(5)
+    assert others() <= before
+    monkeypatch.setattr(Trainer, "draw_ahead", lambda *_: None)
+    inline = trainer(world, micro_batch_size=4, prompt_dropout=0.2, **options)
+    assert run(inline, tmp_path / "b") == rows
+    assert drawers[6:] == [True] * 6
+    for name, weight in weights(ahead).items():
+        assert torch.equal(weight, weights(inline)[name])
+
+
+def test_what_goes_wrong_while_drawing_ahead_is_the_steps_error(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = trainer(world, micro_batch_size=4)
+    read = player.winners.winners
+
+    def broken(ids: Sequence[str]) -> torch.Tensor:
+        if threading.current_thread() is not threading.main_thread() and player.step == 1:
+            raise OSError("no such row")
+        return read(ids)
+
+    monkeypatch.setattr(player.winners, "winners", broken)
+    with pytest.raises(OSError, match="no such row"):
+        run(player, tmp_path)
+    assert player.step == 1
+
+
+def test_a_batch_that_was_not_drawn_ahead_is_drawn_when_it_is_asked_for(world: Path) -> None:
+    player = trainer(world)
+    wanted = player.batch(places(3, 4))
+    player.draw_ahead(places(1, 2))
+    found = player.batch(places(3, 4))
+    assert torch.equal(found.noise, wanted.noise)
+    assert torch.equal(found.winner, wanted.winner)
 
 
 # --- what a pair sees
