@@ -8,6 +8,8 @@ ACCELERATOR = "nvidia.com/gpu"
 A100_80GB = {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB"}
 GPU_TAINT = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
 SHARED_MEMORY = "16Gi"
+USER = 10001
+"""The images' own user, by number: a namespace under the restricted Pod Security Standard asks for one."""
 
 
 def place_on_cpu(task: dsl.PipelineTask, cpu: str, memory: str) -> dsl.PipelineTask:
@@ -15,6 +17,7 @@ def place_on_cpu(task: dsl.PipelineTask, cpu: str, memory: str) -> dsl.PipelineT
     task.set_cpu_request(cpu).set_memory_request(memory).set_memory_limit(memory)
     # Stages look into the store by themselves; a cached task would not notice that an object is gone.
     task.set_caching_options(False)
+    kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
     # A pod can't tell which image it runs. Stages keep it with what they make, if it says so for good.
     if "@sha256:" in task.container_spec.image:
         task.set_env_variable("SPIN_IMAGE", task.container_spec.image)

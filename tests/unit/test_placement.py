@@ -3,16 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
-PACKAGE = Path(__file__).parents[1] / "golden" / "spin-diffusion.yaml"
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "tests" / "golden" / "spin-diffusion.yaml"
 STORE, SCORE = "store_secret", "score_secret"
 TRACKING = "tracking_secret (optional)"
 GPU = ("nvidia.com/gpu x gpu_count", "gpu_node_selector", "gpu_tolerations", "/dev/shm Memory 16Gi")
 NONE = ("", "", "", "")
 
 # task: cpu request, memory request, memory limit, (accelerator, node selector, tolerations, shared memory), retries,
-# secrets. No task has a CPU limit, is cached or has an environment of its own.
+# secrets. No task has a CPU limit, is cached or has an environment of its own; every one runs as the image's own user.
 TABLE = {
     "Preflight": ("1", "4Gi", "4Gi", NONE, 0, {STORE, TRACKING}),
     "Require preflight": ("100m", "1Gi", "1Gi", NONE, 0, set()),
@@ -30,6 +32,7 @@ TABLE = {
     "Score player": ("4", "32Gi", "32Gi", GPU, 3, {SCORE, TRACKING}),
     "Register model": ("1", "4Gi", "4Gi", NONE, 3, {STORE, TRACKING}),
 }
+USER = {"runAsUser": "10001", "runAsGroup": "10001", "runAsNonRoot": True}
 BACKOFF = {"maxRetryCount": 3, "backoffDuration": "10s", "backoffFactor": 2.0, "backoffMaxDuration": "600s"}
 
 
@@ -59,6 +62,7 @@ def test_placement() -> None:
                 f"{mount['mountPath']} {mount['medium']} {mount['sizeLimit']}"
                 for mount in pod.pop("emptyDirMounts", [])
             ]
+            assert pod.pop("securityContext", None) == USER, f"{name}: the restricted Pod Security Standard refuses it"
             secrets = {
                 plain(secret["secretNameParameter"]) + (" (optional)" if secret["optional"] else "")
                 for secret in pod.pop("secretAsEnv", [])
@@ -142,3 +146,14 @@ def test_the_defaults_ask_for_a100s() -> None:
     assert parameters["gpu_tolerations"]["defaultValue"] == [
         {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
     ]
+
+
+@pytest.mark.parametrize("file", ["spin-diffusion.yaml", "spin-comparison.yaml"])
+def test_every_task_runs_as_the_images_user(file: str) -> None:
+    """KFP's server adds the rest of the restricted Pod Security Standard, but not that root is refused."""
+    spec, platform = yaml.safe_load_all(PACKAGE.with_name(file).read_text())
+    pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+
+    assert set(pods) == set(spec["deploymentSpec"]["executors"])
+    assert [label for label, pod in pods.items() if pod.get("securityContext") != USER] == []
+    assert f"\nUSER {USER['runAsUser']}:{USER['runAsGroup']}\n" in (ROOT / "images/runtime/Dockerfile").read_text()
