@@ -134,8 +134,11 @@ def check_parameters(package: Path, params: Mapping[str, Any]) -> None:
     for name, least in (("iterations", 1), ("shards", 1), ("gpu_count", 0), ("train_nodes", 1)):
         if name in full and full[name] < least:
             raise SpinError(f"expected {name} of at least {least}, got {full[name]}; raise it")
+    from spin.cluster import pool_of
     from spin.presets import resolve
 
+    for name in ("gpu_pool", "draw_pool"):
+        pool_of(full[name], name)
     config = resolve(full["preset"], full["base_model"], full["data_source"], full["overrides"])
     if "gate" in known:
         from spin.gate import policy

@@ -5,7 +5,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from spin.cluster import ACCELERATOR, Need
 from spin.config import RunConfig, ScoreConfig
 from spin.errors import SpinError
 from spin.gate import policy
-from spin.presets import resolve
+from spin.presets import resolve, room
 from spin.run import Run, whole_iteration
 from spin.stages import Place
 from spin.store import Store
@@ -44,10 +44,22 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Site:
+    """What pods of one kind of work ask for, as Kubernetes writes amounts, and the nodes that they may go to."""
+
+    cpu: str = "0"
+    memory: str = "0"
+    selector: Mapping[str, str] = field(default_factory=dict)
+    tolerations: Sequence[Mapping[str, str]] = ()
+
+
+@dataclass(frozen=True)
 class Report:
-    """All checks, in order."""
+    """All checks, in order, and where pods that train and pods that sample or score go, once the options are right."""
 
     checks: Sequence[Check]
+    train: Site = Site()
+    draw: Site = Site()
 
     @property
     def markdown(self) -> str:
@@ -93,17 +105,15 @@ def preflight(
     overrides: dict[str, Any] | None = None,
     iterations: int = 1,
     gpu_count: int = 0,
-    gpu_node_selector: Mapping[str, str] | None = None,
-    gpu_tolerations: Sequence[Mapping[str, str]] = (),
-    cpu: float = 8,
-    memory: float = 64 * GIB,
+    gpu_pool: Mapping[str, Any] | None = None,
+    draw_pool: Mapping[str, Any] | None = None,
     gate: Mapping[str, Any] | None = None,
     train_nodes: int = 1,
 ) -> Report:
     """Return what is in order and what is not; nothing is left behind, in the store or elsewhere.
 
     Args:
-        cpu, memory: Cores and bytes that the largest pod of the run asks for.
+        gpu_pool, draw_pool: Nodes for pods that train, and for those that sample or score; see ``cluster.pool_of``.
         gate: Options of the gate that register-model judges by.
         train_nodes: Nodes that train a player together.
     """
@@ -120,10 +130,16 @@ def preflight(
         return checks[-1].verdict == "ok"
 
     config: RunConfig | None = None
+    train, draw = Site(), Site()
 
     def options() -> str:
-        nonlocal config
+        nonlocal config, train, draw
+        train_pool = cluster.pool_of(gpu_pool or {}, "gpu_pool")
         config = resolve(preset, base_model, data_source, overrides or {})
+        asked = room(config)
+        train = Site(asked["train"].cpu, asked["train"].memory, *train_pool)
+        own = cluster.pool_of(draw_pool, "draw_pool") if draw_pool else train_pool
+        draw = Site(asked["draw"].cpu, asked["draw"].memory, *own)
         policy(dict(gate or {}), config.score)
         if train_nodes < 1:
             raise SpinError(f"expected at least 1 node to train on, got {train_nodes}; set train_nodes")
@@ -154,16 +170,15 @@ def preflight(
         check("scorer", lambda: _scorer(plan.score))
         check("size of the run", lambda: _size(plan, int(iterations), int(gpu_count)))
         scratch = _scratch_bytes(plan, store)
-        amounts = {"cpu": cpu, "memory": memory, "ephemeral-storage": float(scratch)}
-        if gpu_count:
-            amounts[ACCELERATOR] = float(gpu_count)
-        need = Need(amounts, dict(gpu_node_selector or {}), list(gpu_tolerations), _architecture())
+        need = _need(train, int(gpu_count), scratch, "gpu_pool")
         check("nodes", lambda: _nodes(need, int(train_nodes)))
+        if draw_pool:
+            check("nodes to sample on", lambda: _nodes(_need(draw, int(gpu_count), scratch, "draw_pool"), 1))
         check("quota", lambda: _quota(int(gpu_count) * int(train_nodes)))
         if train_nodes > 1:
             check("Kubeflow Trainer", _trainer)
         check("disk", lambda: _disk(scratch))
-    return Report(checks)
+    return Report(checks, train, draw)
 
 
 class _Skip(Exception):
@@ -304,6 +319,14 @@ def _size(config: RunConfig, iterations: int, gpu_count: int) -> str:
 
 def _architecture() -> str:
     return {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+
+
+def _need(site: Site, gpu_count: int, scratch: int, pool: str) -> Need:
+    amounts = {"cpu": cluster.number(site.cpu), "memory": cluster.number(site.memory)}
+    amounts["ephemeral-storage"] = float(scratch)
+    if gpu_count:
+        amounts[ACCELERATOR] = float(gpu_count)
+    return Need(amounts, site.selector, site.tolerations, _architecture(), pool)
 
 
 def _nodes(need: Need, train_nodes: int) -> str:

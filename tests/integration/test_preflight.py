@@ -35,8 +35,7 @@ def check(world: World) -> Callable[..., Report]:
             "overrides": tiny.overrides(world.judge),
             "iterations": 2,
             "gpu_count": 1,
-            "gpu_node_selector": A100,
-            "gpu_tolerations": TOLERATION,
+            "gpu_pool": {"node_selector": A100, "tolerations": TOLERATION},
         }
         return preflight(world.place("preflight", tracking_uri), "emoji-cpu", **(options | changes))
 
@@ -198,16 +197,36 @@ def test_options_that_make_no_run(check: Callable[..., Report]) -> None:
 
 @pytest.mark.usefixtures("cluster")
 def test_no_such_node(check: Callable[..., Report]) -> None:
-    said = only(check(gpu_node_selector={"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}), "nodes")
+    said = only(check(gpu_pool={"node_selector": {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}}), "nodes")
 
     assert "nearest is gpu-1: has nvidia.com/gpu.product=NVIDIA-A100-SXM4-80GB, not NVIDIA-H100-80GB-HBM3" in said
 
 
 @pytest.mark.usefixtures("cluster")
 def test_taints_that_are_not_tolerated(check: Callable[..., Report]) -> None:
-    said = only(check(gpu_tolerations=[]), "nodes")
+    said = only(check(gpu_pool={"node_selector": A100}), "nodes")
 
     assert "has the taint nvidia.com/gpu=present:NoSchedule" in said
+
+
+@pytest.mark.usefixtures("cluster")
+def test_no_node_to_sample_on(check: Callable[..., Report]) -> None:
+    spot = {"node_selector": {"cloud.google.com/gke-spot": "true"}}
+    said = only(check(draw_pool=spot), "nodes to sample on")
+
+    assert "has no label cloud.google.com/gke-spot" in said
+    assert "change draw_pool or gpu_count" in said
+
+
+def test_the_demo_needs_no_large_node(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = node("small", cpu="4", memory="7Gi")
+    with api_server(tmp_path, [small]) as kubeconfig:
+        monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
+        demo = preflight(world.place("preflight"), "emoji-cpu", gpu_pool={})
+        paper = preflight(world.place("preflight"), "emoji-cpu", base_model=str(world.base))
+
+    assert failed(demo) == {}, demo.markdown
+    assert "has 7 GiB memory, not 64 GiB" in failed(paper)["nodes"].found
 
 
 @pytest.mark.usefixtures("cluster")
@@ -227,10 +246,12 @@ def test_several_nodes_with_room_for_them(check: Callable[..., Report]) -> None:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_too_few_nodes_to_train_on(check: Callable[..., Report]) -> None:
-    said = only(check(gpu_count=0, train_nodes=2, cpu=12), "nodes")
+def test_too_few_nodes_to_train_on(world: World, check: Callable[..., Report]) -> None:
+    # 16 CPUs and 128 GiB are room for two pods with a model of one's own.
+    overrides = tiny.overrides(world.judge, batch_size=24, micro_batch_size=8)
+    said = only(check(gpu_count=0, train_nodes=3, overrides=overrides), "nodes")
 
-    assert "expected room for 2 training pods, got room for 1 on 1 node(s), e.g. gpu-1" in said
+    assert "expected room for 3 training pods, got room for 2 on 1 node(s), e.g. gpu-1" in said
 
 
 def test_a_batch_that_the_nodes_cannot_share(check: Callable[..., Report]) -> None:

@@ -104,8 +104,9 @@ def test_names_do_not_depend_on_the_compilers_numbers(comparison: Path, numbers:
     other = list(yaml.safe_load_all(shuffled))
     assert other != [spec, platform]
     # Of executors that are alike it may also take another, and leave one that nothing uses.
-    executors = other[0]["deploymentSpec"]["executors"]
-    executors["exec-plan-9"] = executors["exec-plan-10"] = executors["exec-plan"]
+    for document in (other[0], other[1]["platforms"]["kubernetes"]):
+        executors = document["deploymentSpec"]["executors"]
+        executors["exec-plan-9"] = executors["exec-plan-10"] = executors["exec-plan"]
     other[0]["components"]["comp-plan-2"]["executorLabel"] = "exec-plan-9"
     number_by_place(*other)
     assert other == [spec, platform]
@@ -297,6 +298,8 @@ def faults(spec: Spec, platform: Spec) -> list[str]:
                 for setting, text in strings(on_kubernetes.get(label, {})):
                     if setting == "componentInputParameter" and text not in offered:
                         fault(f"its pod needs {text}, which its parent does not have")
+                    if setting == "producerTask" and text not in task.get("dependentTasks", []):
+                        fault(f"its pod needs an output of {text}, which it does not wait for")
     return found
 
 
@@ -308,18 +311,19 @@ def test_every_input_of_every_task_is_supplied(documents: list[Spec]) -> None:
     train = "/condition-branches-1"
     branches = ["", train, f"{train}/condition-2", f"{train}/condition-3"]
 
-    def in_shards(where: str) -> list[str]:
-        return [f"{where}/score-in-shards{inner}" for inner in ("", "/condition-1", "/condition-1/for-loop-2")]
+    def score(where: str) -> list[str]:
+        inner = ("", *(f"/score-in-shards{part}" for part in ("", "/condition-1", "/condition-1/for-loop-2")))
+        return [f"{where}/score{part}" for part in inner]
 
     assert places == [
         "root",
-        *in_shards("root"),
+        *score("root"),
         "root/self-play",
         "root/self-play/for-loop-1",
         "root/self-play/for-loop-1/condition-2",
         "root/self-play/for-loop-1/condition-2/spin-iteration",
         "root/self-play/for-loop-1/condition-2/spin-iteration/for-loop-1",
-        *in_shards("root/self-play/for-loop-1/condition-2/spin-iteration"),
+        *score("root/self-play/for-loop-1/condition-2/spin-iteration"),
         *(f"root/self-play/for-loop-1/condition-2/spin-iteration/train-player{branch}" for branch in branches),
     ]
     reached = {task["componentRef"]["name"] for _, dag in dags(spec) for task in dag["dag"]["tasks"].values()}
@@ -356,6 +360,16 @@ def _a_number_where_text_is_read(spec: Spec) -> None:
     del declared(spec["components"]["comp-spin-train"])["pipelinechannel--gpu_count"]
 
 
+def _no_amount_for_the_task(spec: Spec) -> None:
+    train = spec["components"]["comp-condition-3"]["dag"]["tasks"]["spin-train"]
+    del train["inputs"]["parameters"]["pipelinechannel--train_memory"]
+
+
+def _not_waited_for(spec: Spec) -> None:
+    prepare = spec["root"]["dag"]["tasks"]["prepare-data"]
+    prepare["dependentTasks"].remove("preflight")
+
+
 def _no_such_output(spec: Spec) -> None:
     del declared(spec["components"]["comp-prepare-data"], "outputDefinitions")["key"]
 
@@ -372,7 +386,9 @@ def _no_losers(spec: Spec) -> None:
         (_not_handed_to_the_loop, "spin-iteration/for-loop-1: is not given pipelinechannel--store_secret"),
         (_not_handed_to_the_task, "generate-synthetic: resourceCount needs pipelinechannel--gpu_count, which it is"),
         (_a_number_where_text_is_read, "spin-train: resourceCount needs pipelinechannel--gpu_count as text"),
-        (_no_such_output, "root/score-metrics: run_key comes from"),
+        (_no_amount_for_the_task, "resourceMemoryLimit needs pipelinechannel--train_memory, which it is not given"),
+        (_not_waited_for, "root/prepare-data: its pod needs an output of preflight, which it does not wait for"),
+        (_no_such_output, "root/score: run_key comes from"),
     ],
 )
 def test_the_walk_sees_what_is_missing(documents: list[Spec], damage: Callable[[Spec], None], expected: str) -> None:
