@@ -13,7 +13,16 @@ from typing import Any
 
 import pytest
 import yaml
-from google.protobuf import json_format
+from google.protobuf import (
+    any_pb2,
+    descriptor_pb2,
+    descriptor_pool,
+    duration_pb2,
+    json_format,
+    message_factory,
+    struct_pb2,
+)
+from google.rpc import status_pb2
 from kfp import compiler, components
 from kfp.pipeline_spec import pipeline_spec_pb2
 
@@ -396,3 +405,63 @@ def test_the_walk_sees_what_is_missing(documents: list[Spec], damage: Callable[[
     damage(spec)
 
     assert any(expected in fault for fault in faults(spec, platform)), faults(spec, platform)
+
+
+def faults_by(version: str, documents: list[Spec]) -> list[str]:
+    """Return what the parsers of a server refuse, by the formats that its version publishes.
+
+    ``kfp-<version>.binpb`` is the FileDescriptorSet of kfp-pipeline-spec and kfp-kubernetes of that version.
+    """
+    published = descriptor_pb2.FileDescriptorSet.FromString((ROOT / f"tests/golden/kfp-{version}.binpb").read_bytes())
+    pool = descriptor_pool.DescriptorPool()
+    for module in (duration_pb2, struct_pb2, any_pb2, status_pb2):
+        pool.AddSerializedFile(module.DESCRIPTOR.serialized_pb)
+    for file in published.file:
+        pool.Add(file)
+
+    def parser(name: str) -> Any:
+        return message_factory.GetMessageClass(pool.FindMessageTypeByName(name))
+
+    spec, platform = documents
+    pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values()
+    parts = [(spec, "ml_pipelines.PipelineSpec"), (platform, "ml_pipelines.PlatformSpec")]
+    # The deployment is a free-form field, which a server parses once more.
+    parts.append((spec["deploymentSpec"], "ml_pipelines.PipelineDeploymentConfig"))
+    found = []
+    for part, name in [*parts, *((pod, "kfp_kubernetes.KubernetesExecutorConfig") for pod in pods)]:
+        try:
+            json_format.ParseDict(part, parser(name)())
+        except json_format.ParseError as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.fixture(scope="module")
+def for_2_15(tmp_path_factory: pytest.TempPathFactory) -> list[Spec]:
+    path = tmp_path_factory.mktemp("compiled") / "2.15.yaml"
+    return list(yaml.safe_load_all(compile_pipeline(spin_diffusion, CHOICES, path, "2.15").read_text()))
+
+
+def test_servers_of_2_16_read_the_file(documents: list[Spec]) -> None:
+    assert faults_by("2.16", documents) == []
+
+
+def test_servers_of_2_15_read_a_file_of_their_own(documents: list[Spec], for_2_15: list[Spec]) -> None:
+    refused = faults_by("2.15", documents)
+    assert 'no field named "literals"' in refused[0]
+    assert all('no field named "securityContext"' in fault for fault in refused[1:])
+    assert len(refused) == 1 + len(documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"])
+
+    assert faults_by("2.15", for_2_15) == []
+    # Nothing else is another.
+    spec, platform = copy.deepcopy(documents)
+    del spec["root"]["inputDefinitions"]["parameters"]["preset"]["literals"]
+    for pod in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():
+        del pod["securityContext"]
+    assert for_2_15[0]["root"] == spec["root"]
+    assert for_2_15[1] == platform
+
+
+def test_no_file_for_a_server_that_cannot_read_one(tmp_path: Path) -> None:
+    with pytest.raises(SpinError, match=r"^expected a server of 2\.15, 2\.16, 2\.17, got '2\.14'; change --server$"):
+        compile_pipeline(spin_diffusion, CHOICES, tmp_path / "spin.yaml", "2.14")
