@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from pipelines.compiled import check_parameters, compile_pipeline, read_parameters
+from pipelines.compiled import SERVERS, check_parameters, compile_pipeline, read_parameters
 from spin.errors import SpinError
 
 
@@ -24,10 +24,11 @@ def main(pipeline: Callable[..., Any], choices: Mapping[str, Sequence[str]], def
         run: Annotated[bool, typer.Option("--run", help="Start a run after the upload.")] = False,
         local: Annotated[bool, typer.Option("--local", help="Run the compiled file on this computer.")] = False,
         check: Annotated[bool, typer.Option("--check", help="Only check the pipeline and the parameters.")] = False,
+        server: Annotated[str, typer.Option(help=f"Version of the KFP server: {', '.join(SERVERS)}.")] = SERVERS[-1],
         params: Annotated[Path | None, typer.Option(help="YAML file with pipeline parameters.")] = None,
     ) -> None:
         values = read_parameters(params) if params else {}
-        compile_pipeline(pipeline, choices, output)
+        compile_pipeline(pipeline, choices, output, server)
         check_parameters(output, values)
         typer.echo(f"compiled {output} ({output.stat().st_size / 1024:.0f} KiB)")
         if check:

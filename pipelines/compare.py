@@ -15,7 +15,7 @@ from kfp import dsl  # noqa: E402
 
 from components.compare_players.component import compare_players  # noqa: E402
 from components.plan_comparison.component import plan_comparison  # noqa: E402
-from pipelines.placement import A100_80GB, GPU_TAINT, place_on_cpu, with_retries, with_secrets  # noqa: E402
+from pipelines.placement import A100_80GB, place_on_cpu, with_retries, with_secrets  # noqa: E402
 from pipelines.play import prepare_and_score_base, self_play  # noqa: E402
 from pipelines.spin import CHOICES  # noqa: E402
 
@@ -33,8 +33,14 @@ def play_arms(
     tracking_secret: str,
     experiment: str,
     gpu_count: int,
-    gpu_node_selector: dict,
-    gpu_tolerations: list,
+    train_cpu: str,
+    train_memory: str,
+    train_selector: dict,
+    train_tolerations: list,
+    draw_cpu: str,
+    draw_memory: str,
+    draw_selector: dict,
+    draw_tolerations: list,
 ):
     """Play every arm, at most four at a time; a pipeline of its own for the reason that ``self_play`` is one."""
     with dsl.ParallelFor(run_keys, parallelism=4, name="arms") as run_key:
@@ -52,8 +58,14 @@ def play_arms(
             tracking_secret=tracking_secret,
             experiment=experiment,
             gpu_count=gpu_count,
-            gpu_node_selector=gpu_node_selector,
-            gpu_tolerations=gpu_tolerations,
+            train_cpu=train_cpu,
+            train_memory=train_memory,
+            train_selector=train_selector,
+            train_tolerations=train_tolerations,
+            draw_cpu=draw_cpu,
+            draw_memory=draw_memory,
+            draw_selector=draw_selector,
+            draw_tolerations=draw_tolerations,
         )
 
 
@@ -81,8 +93,8 @@ def spin_comparison(
     tracking_uri: str = "http://mlflow.mlflow:5000",
     tracking_secret: str = "spin-mlflow",
     gpu_count: int = 1,
-    gpu_node_selector: dict = A100_80GB,
-    gpu_tolerations: list = GPU_TAINT,
+    gpu_pool: dict = A100_80GB,
+    draw_pool: dict = {},  # noqa: B006
 ):
     """Self-play and its rivals on equal terms.
 
@@ -110,8 +122,10 @@ def spin_comparison(
         tracking_uri: Address of the MLflow server. Empty: no tracking.
         tracking_secret: Kubernetes secret with MLFLOW_TRACKING_USERNAME and _PASSWORD; may be absent.
         gpu_count: Accelerators (nvidia.com/gpu) per generating, training and scoring pod; 0 runs on the CPU.
-        gpu_node_selector: Labels of the nodes to use; the default asks for A100s with 80 GB.
-        gpu_tolerations: Taints to tolerate on those nodes.
+        gpu_pool: Nodes to use, {"node_selector": {LABEL: VALUE}, "tolerations": [...]}; the default asks for A100s with
+            80 GB.
+        draw_pool: The same for pods that sample and score, which may be on spot nodes: they go on where they were.
+            Empty: those of gpu_pool.
     """
     where = {
         "store_uri": store_uri,
@@ -119,7 +133,7 @@ def spin_comparison(
         "tracking_uri": tracking_uri,
         "experiment": experiment,
     }
-    pool = {"gpu_count": gpu_count, "gpu_node_selector": gpu_node_selector, "gpu_tolerations": gpu_tolerations}
+    nodes = {"gpu_count": gpu_count, "gpu_pool": gpu_pool, "draw_pool": draw_pool}
     secrets = {"store_secret": store_secret, "tracking_secret": tracking_secret}
 
     options = {
@@ -130,7 +144,7 @@ def spin_comparison(
         "data_source": data_source,
         "overrides": overrides,
     }
-    key, base = prepare_and_score_base(options, where, pool, secrets, score_secret, shards)
+    key, base, pool = prepare_and_score_base(options, where, nodes, secrets, score_secret, shards)
 
     planned = plan_comparison(run_key=key, arms=arms, iterations=iterations, seeds=seeds, **where).after(base)
     with_secrets(with_retries(place_on_cpu(planned, cpu="500m", memory="1Gi")), **secrets).set_display_name(

@@ -25,16 +25,26 @@ KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def compile_pipeline(pipeline: Callable[..., Any], choices: Mapping[str, Sequence[str]], output: Path) -> Path:
+SERVERS = ("2.15", "2.16", "2.17")
+"""Versions of Kubeflow Pipelines that a file can be compiled for; the last two read the same one."""
+
+
+def compile_pipeline(
+    pipeline: Callable[..., Any], choices: Mapping[str, Sequence[str]], output: Path, server: str = SERVERS[-1]
+) -> Path:
     """Compile ``pipeline`` to ``output``, whole or not at all, and return the path.
 
     Args:
         choices: parameters with a fixed set of values; the server checks them and the UI shows a dropdown. The SDK
-            cannot express this yet (kubeflow/pipelines#12601), the pipeline specification of KFP 2.17 can.
+            cannot express this yet (kubeflow/pipelines#12601), the pipeline specification since KFP 2.16 can.
+        server: version of the server, one of ``SERVERS``; a file for 2.15 has neither these values nor the tasks' user,
+            fields that its parsers refuse.
 
     Raises:
-        SpinError: ``output`` cannot be written.
+        SpinError: ``output`` cannot be written, or ``server`` is none of these.
     """
+    if server not in SERVERS:
+        raise SpinError(f"expected a server of {', '.join(SERVERS)}, got {server!r}; change --server")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=".compile-") as scratch:
@@ -45,8 +55,12 @@ def compile_pipeline(pipeline: Callable[..., Any], choices: Mapping[str, Sequenc
             header = text[: text.index("# Inputs:\n")]
             documents = list(yaml.safe_load_all(text))
             number_by_place(*documents)
-            for name, values in choices.items():
-                documents[0]["root"]["inputDefinitions"]["parameters"][name]["literals"] = list(values)
+            if server == "2.15":
+                for pod in documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():
+                    del pod["securityContext"]
+            else:
+                for name, values in choices.items():
+                    documents[0]["root"]["inputDefinitions"]["parameters"][name]["literals"] = list(values)
             _declare_settings_as_text(documents[0])
             json_format.ParseDict(documents[0], pipeline_spec_pb2.PipelineSpec())
             package.write_text(header + yaml.safe_dump_all(documents, sort_keys=True))
@@ -134,8 +148,11 @@ def check_parameters(package: Path, params: Mapping[str, Any]) -> None:
     for name, least in (("iterations", 1), ("shards", 1), ("gpu_count", 0), ("train_nodes", 1)):
         if name in full and full[name] < least:
             raise SpinError(f"expected {name} of at least {least}, got {full[name]}; raise it")
+    from spin.cluster import pool_of
     from spin.presets import resolve
 
+    for name in ("gpu_pool", "draw_pool"):
+        pool_of(full[name], name)
     config = resolve(full["preset"], full["base_model"], full["data_source"], full["overrides"])
     if "gate" in known:
         from spin.gate import policy

@@ -5,16 +5,22 @@ from typing import Any
 from kfp import dsl, kubernetes
 
 ACCELERATOR = "nvidia.com/gpu"
-A100_80GB = {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB"}
-GPU_TAINT = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+A100_80GB = {
+    "node_selector": {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB"},
+    "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+}
 SHARED_MEMORY = "16Gi"
+USER = 10001
+"""The images' own user, by number: a namespace under the restricted Pod Security Standard asks for one."""
 
 
-def place_on_cpu(task: dsl.PipelineTask, cpu: str, memory: str) -> dsl.PipelineTask:
-    """Give a task CPU and memory; its result is never taken from KFP's cache."""
+def place_on_cpu(task: dsl.PipelineTask, cpu: Any, memory: Any) -> dsl.PipelineTask:
+    """Give a task CPU and memory, which may be pipeline parameters; its result is never taken from KFP's cache."""
     task.set_cpu_request(cpu).set_memory_request(memory).set_memory_limit(memory)
+    _hand_over(task, cpu, memory)
     # Stages look into the store by themselves; a cached task would not notice that an object is gone.
     task.set_caching_options(False)
+    kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
     # A pod can't tell which image it runs. Stages keep it with what they make, if it says so for good.
     if "@sha256:" in task.container_spec.image:
         task.set_env_variable("SPIN_IMAGE", task.container_spec.image)
@@ -29,18 +35,27 @@ def with_retries(task: dsl.PipelineTask) -> dsl.PipelineTask:
     return task.set_retry(num_retries=3, backoff_duration="10s", backoff_factor=2.0, backoff_max_duration="600s")
 
 
-def place_on_gpu(
-    task: dsl.PipelineTask, cpu: str, memory: str, count: Any, node_selector: Any, tolerations: Any
-) -> dsl.PipelineTask:
-    """Give a task accelerators on a pool of nodes; the last three may be pipeline parameters.
+def _hand_over(task: dsl.PipelineTask, *settings: Any) -> None:
+    """Make pipeline parameters reach a task that has them in its resources alone.
 
-    Inside a loop, ``count`` must also be an argument of the task: the compiler hands over to the loop's body only what
-    the arguments name, and the limit would point at a parameter that is not there.
+    The compiler hands over to the body of a loop or condition only what a task is said to read; a resource would point
+    at a parameter that is not there.
     """
-    place_on_cpu(task, cpu, memory)
-    task.set_accelerator_type(ACCELERATOR).set_accelerator_limit(count)
-    kubernetes.add_node_selector_json(task, node_selector)
-    kubernetes.add_toleration_json(task, tolerations)
+    task.register_pipeline_channels([setting for setting in settings if not isinstance(setting, str)])
+
+
+def of_work(pool: dict[str, Any], *works: str) -> dict[str, Any]:
+    """Return the part of a pool that is for ``train``, for ``draw`` (preparing, sampling, scoring), or for both."""
+    return {name: value for name, value in pool.items() if name.partition("_")[0] in ("gpu", *works)}
+
+
+def place_on_gpu(task: dsl.PipelineTask, work: str, pool: dict[str, Any]) -> dsl.PipelineTask:
+    """Give a task what its ``work`` takes, ``train`` or ``draw``, on a pool of nodes; all of it pipeline parameters."""
+    place_on_cpu(task, pool[f"{work}_cpu"], pool[f"{work}_memory"])
+    task.set_accelerator_type(ACCELERATOR).set_accelerator_limit(pool["gpu_count"])
+    _hand_over(task, pool["gpu_count"])
+    kubernetes.add_node_selector_json(task, pool[f"{work}_selector"])
+    kubernetes.add_toleration_json(task, pool[f"{work}_tolerations"])
     # PyTorch's workers exchange tensors here; the default of 64 MiB ends in bus errors.
     kubernetes.empty_dir_mount(
         task, volume_name="shm", mount_path="/dev/shm", medium="Memory", size_limit=SHARED_MEMORY

@@ -14,7 +14,10 @@ from components.score_metrics.component import score_metrics
 from components.score_shard.component import score_shard
 from components.spin_train.component import spin_train
 from components.spin_train_nodes.component import spin_train_nodes
-from pipelines.placement import place_on_cpu, place_on_gpu, with_retries, with_secrets, with_store
+from pipelines.placement import of_work, place_on_cpu, place_on_gpu, with_retries, with_secrets, with_store
+
+WORKS = ("train", "draw")
+"""Kinds of work that pods have room and nodes for; the second is to prepare data, to sample and to score."""
 
 
 @dsl.pipeline(name="score-in-shards", display_name="Score in shards")
@@ -29,13 +32,22 @@ def score_in_shards(
     tracking_secret: str,
     experiment: str,
     gpu_count: int,
-    gpu_node_selector: dict,
-    gpu_tolerations: list,
+    draw_cpu: str,
+    draw_memory: str,
+    draw_selector: dict,
+    draw_tolerations: list,
 ):
     """Draw and score held-out prompts side by side; a single shard is left to score-metrics, which saves its pods.
 
     A pipeline of its own: a task can wait for one, but not for a condition.
     """
+    pool = {
+        "gpu_count": gpu_count,
+        "draw_cpu": draw_cpu,
+        "draw_memory": draw_memory,
+        "draw_selector": draw_selector,
+        "draw_tolerations": draw_tolerations,
+    }
     with dsl.If(shards > 1, name="several shards"):
         numbers = place_on_cpu(plan(count=shards, first=0), cpu="100m", memory="256Mi")
         numbers.set_display_name("Plan score shards")
@@ -51,47 +63,98 @@ def score_in_shards(
                 tracking_uri=tracking_uri,
                 experiment=experiment,
             )
-            place_on_gpu(with_retries(drawn), "4", "32Gi", gpu_count, gpu_node_selector, gpu_tolerations)
+            place_on_gpu(with_retries(drawn), "draw", pool)
             with_secrets(drawn, score_secret, tracking_secret).set_display_name("Score shard")
+
+
+@dsl.pipeline(name="score", display_name="Score")
+def score(
+    run_key: str,
+    iteration: int,
+    shards: int,
+    store_uri: str,
+    store_endpoint: str,
+    score_secret: str,
+    tracking_uri: str,
+    tracking_secret: str,
+    experiment: str,
+    gpu_count: int,
+    draw_cpu: str,
+    draw_memory: str,
+    draw_selector: dict,
+    draw_tolerations: list,
+):
+    """Score base or player.
+
+    One pipeline for both: the compiler lets one copy's pod have the other's settings, and only plain parameters have
+    the same names in both.
+    """
+    pool = {
+        "gpu_count": gpu_count,
+        "draw_cpu": draw_cpu,
+        "draw_memory": draw_memory,
+        "draw_selector": draw_selector,
+        "draw_tolerations": draw_tolerations,
+    }
+    asked = {
+        "run_key": run_key,
+        "iteration": iteration,
+        "shards": shards,
+        "store_uri": store_uri,
+        "store_endpoint": store_endpoint,
+        "tracking_uri": tracking_uri,
+        "experiment": experiment,
+    }
+    drawn = score_in_shards(score_secret=score_secret, tracking_secret=tracking_secret, **asked, **pool)
+    scored = score_metrics(accelerators=gpu_count, **asked).after(drawn).set_display_name("Gather scores")
+    with_secrets(with_retries(place_on_gpu(scored, "draw", pool)), score_secret, tracking_secret)
 
 
 def prepare_and_score_base(
     options: dict[str, Any],
     where: dict[str, Any],
-    pool: dict[str, Any],
+    nodes: dict[str, Any],
     secrets: dict[str, Any],
     score_secret: Any,
     shards: Any,
     **checked_alone: Any,
-) -> tuple[Any, dsl.PipelineTask]:
-    """Add the first tasks of a pipeline; return the run's key and the task that ends them.
+) -> tuple[Any, dsl.PipelineTask, dict[str, Any]]:
+    """Add the first tasks of a pipeline; return the run's key, the task that ends them, and where the others go.
 
     Args:
         options: prepare-data's own arguments.
         where: store_uri, store_endpoint, tracking_uri and experiment.
-        pool: gpu_count, gpu_node_selector and gpu_tolerations.
+        nodes: gpu_count, gpu_pool and draw_pool.
         secrets: store_secret and tracking_secret.
         checked_alone: what preflight looks at beside these.
         score_secret: what the scoring tasks have in store_secret's place.
         shards: pods that share the held-out prompts.
     """
     servers = {name: value for name, value in where.items() if name != "experiment"}
-    checked = preflight(**options, **checked_alone, **servers, **pool).set_display_name("Preflight")
-    with_secrets(place_on_cpu(checked, cpu="1", memory="4Gi"), **secrets)
-    passed = place_on_cpu(require_preflight(faults=checked.outputs["Output"]), cpu="100m", memory="1Gi")
-    passed.set_display_name("Require preflight")
+    checked = preflight(**options, **checked_alone, **servers, **nodes).set_display_name("Preflight")
+    with_secrets(place_on_cpu(checked, cpu="1", memory="2Gi"), **secrets)
+    store = {name: where[name] for name in ("store_uri", "store_endpoint")}
+    passed = require_preflight(faults=checked.outputs["faults"], **store).set_display_name("Require preflight")
+    with_store(place_on_cpu(passed, cpu="100m", memory="1Gi"), score_secret)
 
+    places = [f"{work}_{what}" for work in WORKS for what in ("cpu", "memory", "selector", "tolerations")]
+    pool = {"gpu_count": nodes["gpu_count"]} | {name: checked.outputs[name] for name in places}
     prepared = prepare_data(job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER, **options, **where)
     prepared.after(passed).set_display_name("Prepare data")
-    with_secrets(place_on_gpu(prepared, "4", "32Gi", *pool.values()), **secrets)
+    # Not on the nodes for sampling, which may go at any time: it has no retries.
+    prepared_on = pool | {f"draw_{what}": pool[f"train_{what}"] for what in ("selector", "tolerations")}
+    with_secrets(place_on_gpu(prepared, "draw", prepared_on), **secrets)
     key = prepared.outputs["key"]
-    tracking = secrets["tracking_secret"]
-    asked = {"run_key": key, "iteration": 0, "shards": shards, **where}
-    drawn = score_in_shards(score_secret=score_secret, tracking_secret=tracking, **asked, **pool)
-    base = score_metrics(accelerators=pool["gpu_count"], **asked).after(drawn)
-    base.set_display_name("Score base")
-    with_secrets(with_retries(place_on_gpu(base, "4", "32Gi", *pool.values())), score_secret, tracking)
-    return key, base
+    base = score(
+        run_key=key,
+        iteration=0,
+        shards=shards,
+        score_secret=score_secret,
+        tracking_secret=secrets["tracking_secret"],
+        **where,
+        **of_work(pool, "draw"),
+    ).set_display_name("Score base")
+    return key, base, pool
 
 
 @dsl.pipeline(name="train-player", display_name="Train player")
@@ -108,8 +171,10 @@ def train_player(
     tracking_secret: str,
     experiment: str,
     gpu_count: int,
-    gpu_node_selector: dict,
-    gpu_tolerations: list,
+    train_cpu: str,
+    train_memory: str,
+    train_selector: dict,
+    train_tolerations: list,
 ):
     """Training in a pod of its own, or on several nodes; other tasks can't wait for one branch of two."""
     place = {
@@ -124,9 +189,17 @@ def train_player(
         "losers": losers,
     }
 
+    pool = {
+        "gpu_count": gpu_count,
+        "train_cpu": train_cpu,
+        "train_memory": train_memory,
+        "train_selector": train_selector,
+        "train_tolerations": train_tolerations,
+    }
+
     def placed(task: dsl.PipelineTask) -> dsl.PipelineTask:
         with_secrets(with_retries(task), store_secret, tracking_secret)
-        return place_on_gpu(task, "8", "64Gi", gpu_count, gpu_node_selector, gpu_tolerations)
+        return place_on_gpu(task, "train", pool)
 
     with dsl.If(train_nodes > 1, name="on several nodes"):
         placed(spin_train_nodes(nodes=train_nodes, **place)).set_display_name("Train player on nodes")
@@ -148,8 +221,14 @@ def spin_iteration(
     tracking_secret: str,
     experiment: str,
     gpu_count: int,
-    gpu_node_selector: dict,
-    gpu_tolerations: list,
+    train_cpu: str,
+    train_memory: str,
+    train_selector: dict,
+    train_tolerations: list,
+    draw_cpu: str,
+    draw_memory: str,
+    draw_selector: dict,
+    draw_tolerations: list,
 ):
     """One round of self-play: the opponent draws, the player trains, the player is scored."""
     where = {
@@ -160,16 +239,22 @@ def spin_iteration(
         "run_key": run_key,
         "iteration": iteration,
     }
-    place = {**where, "accelerators": gpu_count}
-    pool = {"gpu_count": gpu_count, "gpu_node_selector": gpu_node_selector, "gpu_tolerations": gpu_tolerations}
-
-    def on_gpu(task: dsl.PipelineTask, cpu: str, memory: str, keys: Any = store_secret) -> dsl.PipelineTask:
-        with_secrets(with_retries(task), keys, tracking_secret)
-        return place_on_gpu(task, cpu, memory, *pool.values())
+    pool = {
+        "gpu_count": gpu_count,
+        "train_cpu": train_cpu,
+        "train_memory": train_memory,
+        "train_selector": train_selector,
+        "train_tolerations": train_tolerations,
+        "draw_cpu": draw_cpu,
+        "draw_memory": draw_memory,
+        "draw_selector": draw_selector,
+        "draw_tolerations": draw_tolerations,
+    }
 
     numbers = place_on_cpu(plan(count=shards, first=0), cpu="100m", memory="256Mi").set_display_name("Plan shards")
     with dsl.ParallelFor(numbers.output, name="shards") as shard:
-        drawn = on_gpu(generate_synthetic(shard=shard, shards=shards, **place), cpu="4", memory="32Gi")
+        drawn = generate_synthetic(shard=shard, shards=shards, accelerators=gpu_count, **where)
+        with_secrets(with_retries(place_on_gpu(drawn, "draw", pool)), store_secret, tracking_secret)
         drawn.set_display_name("Generate losers")
     trained = train_player(
         shards=shards,
@@ -178,17 +263,16 @@ def spin_iteration(
         store_secret=store_secret,
         tracking_secret=tracking_secret,
         **where,
-        **pool,
+        **of_work(pool, "train"),
     ).set_display_name("Train player")
-    judged = score_in_shards(
+    scored = score(
         shards=shards,
         score_secret=score_secret,
         tracking_secret=tracking_secret,
         **where,
-        **pool,
-    ).after(trained)
-    scored = on_gpu(score_metrics(shards=shards, **place), cpu="4", memory="32Gi", keys=score_secret)
-    scored.after(judged).set_display_name("Score player")
+        **of_work(pool, "draw"),
+    )
+    scored.after(trained).set_display_name("Score player")
 
 
 @dsl.pipeline(name="self-play", display_name="Self-play")
@@ -205,8 +289,14 @@ def self_play(
     tracking_secret: str,
     experiment: str,
     gpu_count: int,
-    gpu_node_selector: dict,
-    gpu_tolerations: list,
+    train_cpu: str,
+    train_memory: str,
+    train_selector: dict,
+    train_tolerations: list,
+    draw_cpu: str,
+    draw_memory: str,
+    draw_selector: dict,
+    draw_tolerations: list,
 ):
     """The loop over iterations, one after another, while they are worth playing.
 
@@ -220,6 +310,17 @@ def self_play(
         "tracking_uri": tracking_uri,
         "experiment": experiment,
     }
+    pool = {
+        "gpu_count": gpu_count,
+        "train_cpu": train_cpu,
+        "train_memory": train_memory,
+        "train_selector": train_selector,
+        "train_tolerations": train_tolerations,
+        "draw_cpu": draw_cpu,
+        "draw_memory": draw_memory,
+        "draw_selector": draw_selector,
+        "draw_tolerations": draw_tolerations,
+    }
     numbers = place_on_cpu(plan(count=iterations, first=1), cpu="100m", memory="256Mi")
     numbers.set_display_name("Plan iterations")
     with dsl.ParallelFor(numbers.output, parallelism=1, name="iterations") as iteration:
@@ -227,8 +328,6 @@ def self_play(
         place_on_cpu(asked, cpu="500m", memory="1Gi")
         with_store(with_retries(asked), store_secret).set_display_name("Continue play")
         with dsl.If(asked.output == True, name="worth playing"):  # noqa: E712
-            # A pipeline of its own again: the compiler lets a pod's settings of the inner score-metrics overwrite
-            # those of the outer one, and only plain parameters have the same names in both.
             spin_iteration(
                 iteration=iteration,
                 shards=shards,
@@ -236,8 +335,6 @@ def self_play(
                 store_secret=store_secret,
                 score_secret=score_secret,
                 tracking_secret=tracking_secret,
-                gpu_count=gpu_count,
-                gpu_node_selector=gpu_node_selector,
-                gpu_tolerations=gpu_tolerations,
                 **where,
+                **pool,
             )

@@ -16,7 +16,7 @@ sys.path[0] = str(ROOT)
 from kfp import dsl  # noqa: E402
 
 from components.register_model.component import register_model  # noqa: E402
-from pipelines.placement import A100_80GB, GPU_TAINT, place_on_cpu, with_retries, with_secrets  # noqa: E402
+from pipelines.placement import A100_80GB, place_on_cpu, with_retries, with_secrets  # noqa: E402
 from pipelines.play import prepare_and_score_base, self_play  # noqa: E402
 
 CHOICES = {"preset": ["emoji-cpu", "sd15-paper", "sd15-lora"]}
@@ -46,15 +46,15 @@ def spin_diffusion(
     tracking_uri: str = "http://mlflow.mlflow:5000",
     tracking_secret: str = "spin-mlflow",
     gpu_count: int = 1,
-    gpu_node_selector: dict = A100_80GB,
-    gpu_tolerations: list = GPU_TAINT,
+    gpu_pool: dict = A100_80GB,
+    draw_pool: dict = {},  # noqa: B006
     train_nodes: int = 1,
 ):
     """Self-play fine-tuning of a text-to-image diffusion model.
 
     Args:
-        preset: A named full configuration. emoji-cpu runs in minutes without a GPU (set gpu_count 0 and
-            gpu_node_selector {}); sd15-paper is the paper's SD-1.5 run; sd15-lora fits one GPU.
+        preset: A named full configuration. emoji-cpu runs in minutes without a GPU (set gpu_count 0 and gpu_pool
+            {}); sd15-paper is the paper's SD-1.5 run; sd15-lora fits one GPU.
         iterations: Rounds of self-play, at least 1; play ends sooner once a round no longer improves the player. The
             same run_key with a higher number goes on where it ended.
         run_key: Name of the run in the store. Empty: a new run. The name of an earlier run resumes it.
@@ -74,8 +74,10 @@ def spin_diffusion(
         tracking_uri: Address of the MLflow server. Empty: no tracking and no registration.
         tracking_secret: Kubernetes secret with MLFLOW_TRACKING_USERNAME and _PASSWORD; may be absent.
         gpu_count: Accelerators (nvidia.com/gpu) per generating, training and scoring pod; 0 runs on the CPU.
-        gpu_node_selector: Labels of the nodes to use; the default asks for A100s with 80 GB.
-        gpu_tolerations: Taints to tolerate on those nodes.
+        gpu_pool: Nodes to use, {"node_selector": {LABEL: VALUE}, "tolerations": [...]}; the default asks for A100s with
+            80 GB.
+        draw_pool: The same for pods that sample and score, which may be on spot nodes: they go on where they were.
+            Empty: those of gpu_pool.
         train_nodes: Nodes that train a player together, each with gpu_count accelerators; above 1 they are a TrainJob
             of Kubeflow Trainer, which must be installed.
     """
@@ -85,7 +87,7 @@ def spin_diffusion(
         "tracking_uri": tracking_uri,
         "experiment": experiment,
     }
-    pool = {"gpu_count": gpu_count, "gpu_node_selector": gpu_node_selector, "gpu_tolerations": gpu_tolerations}
+    nodes = {"gpu_count": gpu_count, "gpu_pool": gpu_pool, "draw_pool": draw_pool}
     secrets = {"store_secret": store_secret, "tracking_secret": tracking_secret}
 
     options = {
@@ -96,8 +98,8 @@ def spin_diffusion(
         "data_source": data_source,
         "overrides": overrides,
     }
-    key, base = prepare_and_score_base(
-        options, where, pool, secrets, score_secret, shards, gate=gate, train_nodes=train_nodes
+    key, base, pool = prepare_and_score_base(
+        options, where, nodes, secrets, score_secret, shards, gate=gate, train_nodes=train_nodes
     )
 
     played = self_play(

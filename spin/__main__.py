@@ -43,16 +43,6 @@ def _overrides(value: str) -> dict[str, Any]:
     return parsed
 
 
-def _tolerations(value: str) -> list[dict[str, str]]:
-    try:
-        parsed = yaml.safe_load(value) or []
-    except yaml.YAMLError:
-        parsed = None
-    if not isinstance(parsed, list) or not all(isinstance(item, dict) for item in parsed):
-        raise SpinError(f"expected tolerations as a list of mappings, got {value!r}; e.g. '[{{operator: Exists}}]'")
-    return parsed
-
-
 @app.command()
 def preflight(
     store_uri: StoreUri,
@@ -65,8 +55,8 @@ def preflight(
     overrides: Annotated[str, typer.Option(help="Nested options as YAML or JSON, or @FILE.")] = "{}",
     iterations: Annotated[int, typer.Option(help="Self-play iterations.")] = 1,
     gpu_count: Annotated[int, typer.Option(help="Accelerators per pod; 0: none.")] = 0,
-    gpu_node_selector: Annotated[str, typer.Option(help="Labels of the nodes to use, as YAML or JSON.")] = "{}",
-    gpu_tolerations: Annotated[str, typer.Option(help="Taints to tolerate there, as YAML or JSON.")] = "[]",
+    gpu_pool: Annotated[str, typer.Option(help="node_selector and tolerations of the nodes to use, as YAML.")] = "{}",
+    draw_pool: Annotated[str, typer.Option(help="The same for sampling and scoring; empty: as gpu_pool.")] = "{}",
     train_nodes: Annotated[int, typer.Option(help="Nodes that train a player together.")] = 1,
 ) -> None:
     """Check a set-up before anything is computed; KUBECONFIG names the cluster that is looked at."""
@@ -76,7 +66,7 @@ def preflight(
 
     place = Place(run_key, store_uri, store_endpoint, tracking_uri)
     options = (preset, base_model, data_source, _overrides(overrides), iterations)
-    pool = (gpu_count, _overrides(gpu_node_selector), _tolerations(gpu_tolerations))
+    pool = (gpu_count, _overrides(gpu_pool), _overrides(draw_pool))
     report = check(place, *options, *pool, train_nodes=train_nodes)
     typer.echo(report.markdown)
     refuse(report.faults)

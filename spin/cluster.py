@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spin.config import nearest
 from spin.errors import SpinError
 
 ACCELERATOR = "nvidia.com/gpu"
@@ -46,6 +47,8 @@ class Need:
     selector: Mapping[str, str] = field(default_factory=dict)
     tolerations: Sequence[Mapping[str, str]] = ()
     architecture: str = "amd64"
+    pool: str = "gpu_pool"
+    """The parameter that selector and tolerations come from."""
 
 
 def inside() -> bool:
@@ -118,7 +121,7 @@ class Cluster:
                     {"key": taint.key, "value": taint.value or "", "effect": taint.effect}
                     for taint in item.spec.taints or []
                 ],
-                allocatable={key: _number(value) for key, value in (item.status.allocatable or {}).items()},
+                allocatable={key: number(value) for key, value in (item.status.allocatable or {}).items()},
                 ready=not item.spec.unschedulable
                 and any(c.type == "Ready" and c.status == "True" for c in item.status.conditions or []),
             )
@@ -131,7 +134,7 @@ class Cluster:
         for item in self._list("quotas", self._core.list_namespaced_resource_quota, namespace()):
             used = item.status.used or {}
             for key, hard in (item.status.hard or {}).items():
-                found[key] = min(found.get(key, float("inf")), _number(hard) - _number(used.get(key, "0")))
+                found[key] = min(found.get(key, float("inf")), number(hard) - number(used.get(key, "0")))
         return found
 
     def need_trainer(self) -> None:
@@ -245,10 +248,33 @@ def namespace() -> str:
     return os.environ.get("KFP_NAMESPACE") or "default"
 
 
-def _number(quantity: str) -> float:
+def number(quantity: str) -> float:
+    """Return an amount in units: cores, bytes, devices."""
     from kubernetes.utils.quantity import parse_quantity
 
     return float(parse_quantity(quantity))
+
+
+def pool_of(options: Mapping[str, Any], where: str) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """Return the node selector and the tolerations of a pool of nodes.
+
+    Args:
+        options: ``node_selector``, labels by name, and ``tolerations``, a list; both may be absent.
+        where: the parameter that they come from.
+
+    Raises:
+        SpinError: they are something else.
+    """
+    known = ["node_selector", "tolerations"]
+    for name in options:
+        if name not in known:
+            raise SpinError(f"expected a setting of {where}, got {name!r}; {nearest(str(name), known)}")
+    selector, tolerations = options.get("node_selector", {}), options.get("tolerations", [])
+    if not isinstance(selector, dict) or not all(isinstance(part, str) for item in selector.items() for part in item):
+        raise SpinError(f"expected labels as a mapping of text, got {selector!r}; correct {where}.node_selector")
+    if not isinstance(tolerations, list) or not all(isinstance(item, dict) for item in tolerations):
+        raise SpinError(f"expected a list of mappings, got {tolerations!r}; correct {where}.tolerations")
+    return selector, tolerations
 
 
 def tolerated(taint: Mapping[str, str], tolerations: Sequence[Mapping[str, str]]) -> bool:
@@ -301,7 +327,7 @@ def fitting(nodes: Sequence[Node], need: Need) -> list[Node]:
     raise SpinError(
         f"expected a node for {', '.join(f'{shown(value, key)} {key}' for key, value in need.amounts.items())}, got "
         f"none of {len(nodes)} (nearest is {nearest.name}: {', '.join(obstacles(nearest, need))}); change "
-        "gpu_node_selector, gpu_tolerations or gpu_count, or add such a node"
+        f"{need.pool} or gpu_count, or add such a node"
     )
 
 

@@ -1,6 +1,8 @@
 """Text-to-image models in diffusers' folder format: find, check, load and export them. Only safetensors is read."""
 
 import json
+import logging
+import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -19,12 +21,14 @@ from spin.errors import SpinError
 from spin.families import Conditioning, Denoiser, Family, family_of, latents_per_step
 from spin.memory import is_full, room_for
 
+logger = logging.getLogger("spin")
 COMPILE_FROM = 2048
 """Images or pairs from which compiling, a minute or two on a GPU, repays itself."""
 HEARD_BYTES = 256 * 2**20
 """What prompts that were encoded may take of the device's memory, to be heard again: 1,100 of SD-1.5's."""
 ENCODED_TOGETHER = 8
 """Prompts per call of the text encoders, always: so what is heard of one, to the last bit, depends on no other."""
+COMPILERS = ("gcc", "clang", "cc")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 
 
@@ -153,8 +157,21 @@ class Model:
 
 
 def compiles(mode: str, device: torch.device, items: int) -> bool:
-    """Return whether ``mode`` (``on``, ``off``, ``auto``) compiles for a stage's ``items``, images or pairs."""
-    return mode == "on" or (mode == "auto" and device.type == "cuda" and items >= COMPILE_FROM)
+    """Return whether ``mode`` (``on``, ``off``, ``auto``) compiles for a stage's ``items``, images or pairs.
+
+    Raises:
+        SpinError: ``on`` without a C compiler, which torch.compile and Triton call while the program runs.
+    """
+    wanted = mode == "on" or (mode == "auto" and device.type == "cuda" and items >= COMPILE_FROM)
+    there = bool(os.environ.get("CC")) or any(map(shutil.which, COMPILERS))
+    if wanted and not there:
+        if mode == "on":
+            raise SpinError(
+                f"expected a C compiler for compile: on, got none of {', '.join(COMPILERS)} and no CC; install one, or "
+                "set compile to off"
+            )
+        logger.info("compile: auto goes without, there is no C compiler (%s or CC)", ", ".join(COMPILERS))
+    return wanted and there
 
 
 def best_device() -> torch.device:

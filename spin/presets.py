@@ -1,5 +1,6 @@
 """Named full configurations; ``preset`` in the KFP form is one of ``PRESETS``."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from spin.config import DataConfig, GenerateConfig, RunConfig, ScoreConfig, TrainConfig, nearest, override
@@ -63,6 +64,28 @@ def sd15_lora() -> RunConfig:
 
 
 PRESETS = {"emoji-cpu": emoji_cpu, "sd15-paper": sd15_paper, "sd15-lora": sd15_lora}
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a pod asks of its node, as Kubernetes writes amounts; its memory is also its limit."""
+
+    cpu: str
+    memory: str
+
+
+# By work: "draw" is to prepare data, to sample and to score. The demo's processes hold at most 1.4 GiB (measured).
+ROOM = {
+    "emoji-cpu": {"draw": Room("1", "2Gi"), "train": Room("1", "2Gi")},
+    "sd15-paper": {"draw": Room("4", "32Gi"), "train": Room("8", "64Gi")},
+    "sd15-lora": {"draw": Room("4", "32Gi"), "train": Room("8", "64Gi")},
+}
+
+
+def room(config: RunConfig) -> dict[str, Room]:
+    """Return what the pods of a run ask for, by work; a base model other than its preset's is taken for a large one."""
+    own = config.base_model == preset(config.preset).base_model
+    return ROOM[config.preset if own else "sd15-paper"]
 
 
 def preset(name: str) -> RunConfig:

@@ -1,5 +1,7 @@
 """preflight: check what can be checked before an accelerator is taken."""
 
+from typing import NamedTuple
+
 from kfp import dsl
 
 from components.settings import RUNTIME_IMAGE
@@ -14,16 +16,29 @@ def preflight(
     overrides: dict,
     iterations: int,
     gpu_count: int,
-    gpu_node_selector: dict,
-    gpu_tolerations: list,
+    gpu_pool: dict,
+    draw_pool: dict,
     store_uri: str,
     store_endpoint: str,
     tracking_uri: str,
     table: dsl.Output[dsl.Markdown],
     gate: dict = {},  # noqa: B006
     train_nodes: int = 1,
-) -> str:
-    """Write every check into a table; return the failed ones, which the next task refuses.
+) -> NamedTuple(
+    "Checked",
+    [
+        ("faults", str),
+        ("train_cpu", str),
+        ("train_memory", str),
+        ("train_selector", dict),
+        ("train_tolerations", list),
+        ("draw_cpu", str),
+        ("draw_memory", str),
+        ("draw_selector", dict),
+        ("draw_tolerations", list),
+    ],
+):
+    """Write every check into a table; return the failed ones, which the next task refuses, and where pods go.
 
     The table of a task that fails is not shown, so this one does not.
 
@@ -35,8 +50,8 @@ def preflight(
         overrides: Nested options laid over the preset.
         iterations: Number of self-play iterations.
         gpu_count: Accelerators per pod.
-        gpu_node_selector: Labels of the nodes to use.
-        gpu_tolerations: Taints to tolerate on those nodes.
+        gpu_pool: Nodes to use.
+        draw_pool: Nodes for pods that sample and score; empty: those of gpu_pool.
         store_uri: s3://bucket/prefix of runs and objects.
         store_endpoint: Address of the S3 server.
         tracking_uri: Address of the MLflow server.
@@ -50,9 +65,10 @@ def preflight(
     from spin.stages import Place
 
     place = Place(run_key or "preflight", store_uri, store_endpoint, tracking_uri)
-    pool = (gpu_count, gpu_node_selector, gpu_tolerations)
+    pool = (gpu_count, gpu_pool, draw_pool)
     options = (preset, base_model, data_source, overrides, iterations)
     report = preflight(place, *options, *pool, gate=gate, train_nodes=train_nodes)
     print(report.markdown)
     Path(table.path).write_text(report.markdown)
-    return report.faults
+    places = [[at.cpu, at.memory, dict(at.selector), list(at.tolerations)] for at in (report.train, report.draw)]
+    return (report.faults, *places[0], *places[1])

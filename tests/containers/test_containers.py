@@ -206,7 +206,7 @@ def test_the_pipeline_runs_in_containers(
         "iterations": 1,
         "shards": 1,
         "gpu_count": 0,
-        "gpu_node_selector": {},
+        "gpu_pool": {},
         "store_uri": "s3://spin/containers",
         "store_endpoint": laptop_servers.s3_endpoint,
         "tracking_uri": laptop_servers.mlflow_uri,

@@ -81,7 +81,7 @@ def test_the_nearest_node_is_named() -> None:
     far = node("far", labels={}, taints=[], allocatable={})
     near = node("near", labels={"pool": "gpu40"})
 
-    with pytest.raises(SpinError, match=r"none of 2 \(nearest is near: has pool=gpu40, not gpu\); change gpu_node"):
+    with pytest.raises(SpinError, match=r"none of 2 \(nearest is near: has pool=gpu40, not gpu\); change gpu_pool"):
         fitting([far, near], need())
     with pytest.raises(SpinError, match="got none at all"):
         fitting([], need())

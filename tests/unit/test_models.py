@@ -519,3 +519,49 @@ def test_sd3_without_its_third_text_encoder_hears_zeros_there(base: Path, family
     assert text.shape == (1, 268, 32)
     assert text[:, :12].any()
     assert text[:, 12:].any() == (family == "sd3-t5")
+
+
+@pytest.mark.parametrize(
+    ("mode", "device", "items", "cc", "found", "expected"),
+    [
+        ("auto", "cuda", 2048, "", ["gcc"], True),
+        ("auto", "cuda", 2048, "", ["clang"], True),
+        ("auto", "cuda", 2048, "/opt/cc", [], True),
+        ("auto", "cuda", 2048, "", [], False),
+        ("auto", "cuda", 2047, "", ["gcc"], False),
+        ("auto", "cpu", 2048, "", ["gcc"], False),
+        ("on", "cpu", 1, "", ["cc"], True),
+        ("off", "cuda", 2048, "", [], False),
+    ],
+)
+def test_compiling_takes_a_c_compiler(
+    mode: str,
+    device: str,
+    items: int,
+    cc: str,
+    found: list[str],
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("CC", cc)
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in found else None)
+    monkeypatch.setattr(models.logger, "propagate", True)
+
+    with caplog.at_level("INFO", "spin"):
+        assert models.compiles(mode, torch.device(device), items) is expected
+    # It is said where a compiler is all that is missing.
+    missed = (mode, device, items, cc, found) == ("auto", "cuda", 2048, "", [])
+    assert [record.message for record in caplog.records] == (
+        ["compile: auto goes without, there is no C compiler (gcc, clang, cc or CC)"] if missed else []
+    )
+
+
+def test_compile_on_without_a_c_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", {}.get)
+
+    with pytest.raises(
+        SpinError, match=r"^expected a C compiler for compile: on, got none of gcc, clang, cc and no CC; "
+    ):
+        models.compiles("on", torch.device("cpu"), 1)

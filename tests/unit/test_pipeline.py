@@ -13,7 +13,16 @@ from typing import Any
 
 import pytest
 import yaml
-from google.protobuf import json_format
+from google.protobuf import (
+    any_pb2,
+    descriptor_pb2,
+    descriptor_pool,
+    duration_pb2,
+    json_format,
+    message_factory,
+    struct_pb2,
+)
+from google.rpc import status_pb2
 from kfp import compiler, components
 from kfp.pipeline_spec import pipeline_spec_pb2
 
@@ -104,8 +113,9 @@ def test_names_do_not_depend_on_the_compilers_numbers(comparison: Path, numbers:
     other = list(yaml.safe_load_all(shuffled))
     assert other != [spec, platform]
     # Of executors that are alike it may also take another, and leave one that nothing uses.
-    executors = other[0]["deploymentSpec"]["executors"]
-    executors["exec-plan-9"] = executors["exec-plan-10"] = executors["exec-plan"]
+    for document in (other[0], other[1]["platforms"]["kubernetes"]):
+        executors = document["deploymentSpec"]["executors"]
+        executors["exec-plan-9"] = executors["exec-plan-10"] = executors["exec-plan"]
     other[0]["components"]["comp-plan-2"]["executorLabel"] = "exec-plan-9"
     number_by_place(*other)
     assert other == [spec, platform]
@@ -297,6 +307,8 @@ def faults(spec: Spec, platform: Spec) -> list[str]:
                 for setting, text in strings(on_kubernetes.get(label, {})):
                     if setting == "componentInputParameter" and text not in offered:
                         fault(f"its pod needs {text}, which its parent does not have")
+                    if setting == "producerTask" and text not in task.get("dependentTasks", []):
+                        fault(f"its pod needs an output of {text}, which it does not wait for")
     return found
 
 
@@ -308,18 +320,19 @@ def test_every_input_of_every_task_is_supplied(documents: list[Spec]) -> None:
     train = "/condition-branches-1"
     branches = ["", train, f"{train}/condition-2", f"{train}/condition-3"]
 
-    def in_shards(where: str) -> list[str]:
-        return [f"{where}/score-in-shards{inner}" for inner in ("", "/condition-1", "/condition-1/for-loop-2")]
+    def score(where: str) -> list[str]:
+        inner = ("", *(f"/score-in-shards{part}" for part in ("", "/condition-1", "/condition-1/for-loop-2")))
+        return [f"{where}/score{part}" for part in inner]
 
     assert places == [
         "root",
-        *in_shards("root"),
+        *score("root"),
         "root/self-play",
         "root/self-play/for-loop-1",
         "root/self-play/for-loop-1/condition-2",
         "root/self-play/for-loop-1/condition-2/spin-iteration",
         "root/self-play/for-loop-1/condition-2/spin-iteration/for-loop-1",
-        *in_shards("root/self-play/for-loop-1/condition-2/spin-iteration"),
+        *score("root/self-play/for-loop-1/condition-2/spin-iteration"),
         *(f"root/self-play/for-loop-1/condition-2/spin-iteration/train-player{branch}" for branch in branches),
     ]
     reached = {task["componentRef"]["name"] for _, dag in dags(spec) for task in dag["dag"]["tasks"].values()}
@@ -356,6 +369,16 @@ def _a_number_where_text_is_read(spec: Spec) -> None:
     del declared(spec["components"]["comp-spin-train"])["pipelinechannel--gpu_count"]
 
 
+def _no_amount_for_the_task(spec: Spec) -> None:
+    train = spec["components"]["comp-condition-3"]["dag"]["tasks"]["spin-train"]
+    del train["inputs"]["parameters"]["pipelinechannel--train_memory"]
+
+
+def _not_waited_for(spec: Spec) -> None:
+    prepare = spec["root"]["dag"]["tasks"]["prepare-data"]
+    prepare["dependentTasks"].remove("preflight")
+
+
 def _no_such_output(spec: Spec) -> None:
     del declared(spec["components"]["comp-prepare-data"], "outputDefinitions")["key"]
 
@@ -372,7 +395,9 @@ def _no_losers(spec: Spec) -> None:
         (_not_handed_to_the_loop, "spin-iteration/for-loop-1: is not given pipelinechannel--store_secret"),
         (_not_handed_to_the_task, "generate-synthetic: resourceCount needs pipelinechannel--gpu_count, which it is"),
         (_a_number_where_text_is_read, "spin-train: resourceCount needs pipelinechannel--gpu_count as text"),
-        (_no_such_output, "root/score-metrics: run_key comes from"),
+        (_no_amount_for_the_task, "resourceMemoryLimit needs pipelinechannel--train_memory, which it is not given"),
+        (_not_waited_for, "root/prepare-data: its pod needs an output of preflight, which it does not wait for"),
+        (_no_such_output, "root/score: run_key comes from"),
     ],
 )
 def test_the_walk_sees_what_is_missing(documents: list[Spec], damage: Callable[[Spec], None], expected: str) -> None:
@@ -380,3 +405,63 @@ def test_the_walk_sees_what_is_missing(documents: list[Spec], damage: Callable[[
     damage(spec)
 
     assert any(expected in fault for fault in faults(spec, platform)), faults(spec, platform)
+
+
+def faults_by(version: str, documents: list[Spec]) -> list[str]:
+    """Return what the parsers of a server refuse, by the formats that its version publishes.
+
+    ``kfp-<version>.binpb`` is the FileDescriptorSet of kfp-pipeline-spec and kfp-kubernetes of that version.
+    """
+    published = descriptor_pb2.FileDescriptorSet.FromString((ROOT / f"tests/golden/kfp-{version}.binpb").read_bytes())
+    pool = descriptor_pool.DescriptorPool()
+    for module in (duration_pb2, struct_pb2, any_pb2, status_pb2):
+        pool.AddSerializedFile(module.DESCRIPTOR.serialized_pb)
+    for file in published.file:
+        pool.Add(file)
+
+    def parser(name: str) -> Any:
+        return message_factory.GetMessageClass(pool.FindMessageTypeByName(name))
+
+    spec, platform = documents
+    pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values()
+    parts = [(spec, "ml_pipelines.PipelineSpec"), (platform, "ml_pipelines.PlatformSpec")]
+    # The deployment is a free-form field, which a server parses once more.
+    parts.append((spec["deploymentSpec"], "ml_pipelines.PipelineDeploymentConfig"))
+    found = []
+    for part, name in [*parts, *((pod, "kfp_kubernetes.KubernetesExecutorConfig") for pod in pods)]:
+        try:
+            json_format.ParseDict(part, parser(name)())
+        except json_format.ParseError as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.fixture(scope="module")
+def for_2_15(tmp_path_factory: pytest.TempPathFactory) -> list[Spec]:
+    path = tmp_path_factory.mktemp("compiled") / "2.15.yaml"
+    return list(yaml.safe_load_all(compile_pipeline(spin_diffusion, CHOICES, path, "2.15").read_text()))
+
+
+def test_servers_of_2_16_read_the_file(documents: list[Spec]) -> None:
+    assert faults_by("2.16", documents) == []
+
+
+def test_servers_of_2_15_read_a_file_of_their_own(documents: list[Spec], for_2_15: list[Spec]) -> None:
+    refused = faults_by("2.15", documents)
+    assert 'no field named "literals"' in refused[0]
+    assert all('no field named "securityContext"' in fault for fault in refused[1:])
+    assert len(refused) == 1 + len(documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"])
+
+    assert faults_by("2.15", for_2_15) == []
+    # Nothing else is another.
+    spec, platform = copy.deepcopy(documents)
+    del spec["root"]["inputDefinitions"]["parameters"]["preset"]["literals"]
+    for pod in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():
+        del pod["securityContext"]
+    assert for_2_15[0]["root"] == spec["root"]
+    assert for_2_15[1] == platform
+
+
+def test_no_file_for_a_server_that_cannot_read_one(tmp_path: Path) -> None:
+    with pytest.raises(SpinError, match=r"^expected a server of 2\.15, 2\.16, 2\.17, got '2\.14'; change --server$"):
+        compile_pipeline(spin_diffusion, CHOICES, tmp_path / "spin.yaml", "2.14")

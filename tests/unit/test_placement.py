@@ -1,46 +1,69 @@
 """Where every task of the compiled file runs, as one table."""
 
+import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
-PACKAGE = Path(__file__).parents[1] / "golden" / "spin-diffusion.yaml"
+from pipelines.placement import A100_80GB
+from pipelines.play import WORKS
+from spin.cluster import number
+from spin.preflight import preflight
+from spin.presets import PRESETS, ROOM, resolve, room
+from spin.stages import Place
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "tests" / "golden" / "spin-diffusion.yaml"
+NOWHERE = Place("preflight", "", "")
 STORE, SCORE = "store_secret", "score_secret"
 TRACKING = "tracking_secret (optional)"
-GPU = ("nvidia.com/gpu x gpu_count", "gpu_node_selector", "gpu_tolerations", "/dev/shm Memory 16Gi")
+SHARED = "/dev/shm Memory 16Gi"
+TRAIN = ("nvidia.com/gpu x gpu_count", "train_selector", "train_tolerations", SHARED)
+DRAW = ("nvidia.com/gpu x gpu_count", "draw_selector", "draw_tolerations", SHARED)
 NONE = ("", "", "", "")
 
 # task: cpu request, memory request, memory limit, (accelerator, node selector, tolerations, shared memory), retries,
-# secrets. No task has a CPU limit, is cached or has an environment of its own.
+# secrets. No task has a CPU limit, is cached or has an environment of its own; every one runs as the image's own user.
 TABLE = {
-    "Preflight": ("1", "4Gi", "4Gi", NONE, 0, {STORE, TRACKING}),
-    "Require preflight": ("100m", "1Gi", "1Gi", NONE, 0, set()),
-    "Prepare data": ("4", "32Gi", "32Gi", GPU, 0, {STORE, TRACKING}),
+    "Preflight": ("1", "2Gi", "2Gi", NONE, 0, {STORE, TRACKING}),
+    "Require preflight": ("100m", "1Gi", "1Gi", NONE, 0, {SCORE}),
+    # Not on nodes that may go at any time: it has no retries.
+    "Prepare data": ("draw_cpu", "draw_memory", "draw_memory", TRAIN, 0, {STORE, TRACKING}),
     "Plan score shards": ("100m", "256Mi", "256Mi", NONE, 0, set()),
-    "Score shard": ("4", "32Gi", "32Gi", GPU, 3, {SCORE, TRACKING}),
-    "Score base": ("4", "32Gi", "32Gi", GPU, 3, {SCORE, TRACKING}),
+    "Score shard": ("draw_cpu", "draw_memory", "draw_memory", DRAW, 3, {SCORE, TRACKING}),
+    "Gather scores": ("draw_cpu", "draw_memory", "draw_memory", DRAW, 3, {SCORE, TRACKING}),
     "Plan iterations": ("100m", "256Mi", "256Mi", NONE, 0, set()),
     "Continue play": ("500m", "1Gi", "1Gi", NONE, 3, {STORE}),
     "Plan shards": ("100m", "256Mi", "256Mi", NONE, 0, set()),
-    "Generate losers": ("4", "32Gi", "32Gi", GPU, 3, {STORE, TRACKING}),
-    "Train player": ("8", "64Gi", "64Gi", GPU, 3, {STORE, TRACKING}),
+    "Generate losers": ("draw_cpu", "draw_memory", "draw_memory", DRAW, 3, {STORE, TRACKING}),
+    "Train player": ("train_cpu", "train_memory", "train_memory", TRAIN, 3, {STORE, TRACKING}),
     # The nodes' pods, not the task's own: see the test of what it passes on.
-    "Train player on nodes": ("8", "64Gi", "64Gi", GPU, 3, {STORE, TRACKING}),
-    "Score player": ("4", "32Gi", "32Gi", GPU, 3, {SCORE, TRACKING}),
+    "Train player on nodes": ("train_cpu", "train_memory", "train_memory", TRAIN, 3, {STORE, TRACKING}),
     "Register model": ("1", "4Gi", "4Gi", NONE, 3, {STORE, TRACKING}),
 }
+USER = {"runAsUser": "10001", "runAsGroup": "10001", "runAsNonRoot": True}
 BACKOFF = {"maxRetryCount": 3, "backoffDuration": "10s", "backoffFactor": 2.0, "backoffMaxDuration": "600s"}
 
 
-def plain(reference: dict[str, str]) -> str:
+def plain(reference: dict[str, Any]) -> str:
     """Return the pipeline parameter's name that a setting is taken from."""
-    (name,) = reference.values()
-    assert set(reference) == {"componentInputParameter"}
-    return name.removeprefix("pipelinechannel--")
+    ((kind, found),) = reference.items()
+    assert kind in ("componentInputParameter", "taskOutputParameter")
+    if kind == "taskOutputParameter":
+        assert found["producerTask"] == "preflight"
+        return str(found["outputParameterKey"])
+    return str(found).removeprefix("pipelinechannel--")
 
 
-def test_placement() -> None:
+def amount(setting: str) -> str:
+    """Return a resource's amount, or the name of the parameter that it is taken from."""
+    return re.sub(r"^\{\{\$\.inputs\.parameters\['pipelinechannel--(?:preflight-)?(.+)'\]\}\}$", r"\1", setting)
+
+
+def table() -> dict[str, tuple[Any, ...]]:
+    """Return where every task runs, from the compiled file; what is taken from a parameter is its name."""
     spec, platform = yaml.safe_load_all(PACKAGE.read_text())
     on_kubernetes = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     found = {}
@@ -53,12 +76,12 @@ def test_placement() -> None:
             container, pod = spec["deploymentSpec"]["executors"][label]["container"], dict(on_kubernetes.get(label, {}))
             resources = container["resources"]
             accelerator = resources.get("accelerator", {})
-            count = accelerator.get("resourceCount", "").removeprefix("{{$.inputs.parameters['pipelinechannel--")
             selector, tolerations = pod.pop("nodeSelector", None), pod.pop("tolerations", [])
             shared = [
                 f"{mount['mountPath']} {mount['medium']} {mount['sizeLimit']}"
                 for mount in pod.pop("emptyDirMounts", [])
             ]
+            assert pod.pop("securityContext", None) == USER, f"{name}: the restricted Pod Security Standard refuses it"
             secrets = {
                 plain(secret["secretNameParameter"]) + (" (optional)" if secret["optional"] else "")
                 for secret in pod.pop("secretAsEnv", [])
@@ -70,11 +93,9 @@ def test_placement() -> None:
             policy = task.get("retryPolicy")
             assert policy in (None, BACKOFF), name
             found[name] = (
-                resources["resourceCpuRequest"],
-                resources["resourceMemoryRequest"],
-                resources["resourceMemoryLimit"],
+                *(amount(resources[f"resource{name}"]) for name in ("CpuRequest", "MemoryRequest", "MemoryLimit")),
                 (
-                    f"{accelerator['resourceType']} x {count.removesuffix(chr(39) + ']}}')}" if accelerator else "",
+                    f"{accelerator['resourceType']} x {amount(accelerator['resourceCount'])}" if accelerator else "",
                     plain(selector["nodeSelectorJson"]) if selector else "",
                     ", ".join(plain(toleration["tolerationJson"]) for toleration in tolerations),
                     ", ".join(shared),
@@ -83,7 +104,63 @@ def test_placement() -> None:
                 secrets,
             )
 
-    assert found == TABLE
+    return found
+
+
+def test_placement() -> None:
+    assert table() == TABLE
+
+
+# preset: CPU and memory of pods that draw, and of those that train.
+PLACES = {
+    "emoji-cpu": (("1", "2Gi"), ("1", "2Gi")),
+    "sd15-paper": (("4", "32Gi"), ("8", "64Gi")),
+    "sd15-lora": (("4", "32Gi"), ("8", "64Gi")),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("spot", [False, True], ids=["one-pool", "spot"])
+def test_every_task_of_every_preset(name: str, spot: bool) -> None:
+    """Component x preset, as preflight hands it over: amounts, and what chooses the nodes."""
+    own = {"node_selector": {"spot": "true"}, "tolerations": [{"key": "spot", "operator": "Exists"}]} if spot else {}
+    report = preflight(NOWHERE, name, gpu_count=1, gpu_pool=A100_80GB, draw_pool=own)
+    handed = {f"{work}_{what}": value for work in WORKS for what, value in vars(getattr(report, work)).items()}
+    found = {}
+    for task, (cpu, memory, limit, (accelerator, selector, tolerations, shared), _, _) in table().items():
+        assert memory == limit
+        amounts = (str(handed.get(cpu, cpu)), str(handed.get(memory, memory)))
+        found[task] = (*amounts, accelerator, handed.get(selector), handed.get(tolerations), shared)
+
+    draw, train = PLACES[name]
+    gpu = "nvidia.com/gpu x gpu_count"
+    a100 = (gpu, A100_80GB["node_selector"], A100_80GB["tolerations"], SHARED)
+    drawing = (*draw, gpu, own["node_selector"], own["tolerations"], SHARED) if spot else (*draw, *a100)
+    small = {task: (cpu, memory, "", None, None, "") for task, (cpu, memory, _, at, *_) in TABLE.items() if at == NONE}
+    assert found == small | {
+        "Prepare data": (*draw, *a100),
+        "Generate losers": drawing,
+        "Score shard": drawing,
+        "Gather scores": drawing,
+        "Train player": (*train, *a100),
+        "Train player on nodes": (*train, *a100),
+    }
+
+
+def test_the_demo_fits_a_small_node() -> None:
+    """One with 4 CPUs and 8 GiB, half of it taken by Kubeflow and the servers."""
+    handed = {f"{work}_{what}": value for work, at in ROOM["emoji-cpu"].items() for what, value in vars(at).items()}
+
+    for task, (cpu, memory, *_) in table().items():
+        assert number(handed.get(cpu, cpu)) <= 2, task
+        assert number(handed.get(memory, memory)) <= 4 * 2**30, task
+
+
+def test_a_base_model_of_ones_own_has_the_room_of_a_large_one() -> None:
+    assert room(resolve("emoji-cpu", "", "/my/images", {})) == ROOM["emoji-cpu"]
+    assert room(resolve("emoji-cpu", "some/model", "", {})) == ROOM["sd15-paper"]
+    assert room(resolve("emoji-cpu", "", "", {"base_model": "some/model"})) == ROOM["sd15-paper"]
+    assert set(ROOM) == set(PRESETS)
 
 
 def test_what_is_for_the_nodes_is_passed_on() -> None:
@@ -138,7 +215,19 @@ def test_the_defaults_ask_for_a100s() -> None:
     parameters: dict[str, Any] = spec["root"]["inputDefinitions"]["parameters"]
 
     assert parameters["gpu_count"]["defaultValue"] == 1
-    assert parameters["gpu_node_selector"]["defaultValue"] == {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB"}
-    assert parameters["gpu_tolerations"]["defaultValue"] == [
-        {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
-    ]
+    assert parameters["gpu_pool"]["defaultValue"] == {
+        "node_selector": {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB"},
+        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+    }
+    assert parameters["draw_pool"]["defaultValue"] == {}
+
+
+@pytest.mark.parametrize("file", ["spin-diffusion.yaml", "spin-comparison.yaml"])
+def test_every_task_runs_as_the_images_user(file: str) -> None:
+    """KFP's server adds the rest of the restricted Pod Security Standard, but not that root is refused."""
+    spec, platform = yaml.safe_load_all(PACKAGE.with_name(file).read_text())
+    pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+
+    assert set(pods) == set(spec["deploymentSpec"]["executors"])
+    assert [label for label, pod in pods.items() if pod.get("securityContext") != USER] == []
+    assert f"\nUSER {USER['runAsUser']}:{USER['runAsGroup']}\n" in (ROOT / "images/runtime/Dockerfile").read_text()
