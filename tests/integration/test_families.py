@@ -1,4 +1,4 @@
-"""Families beside SD-1.x, played on the command line: prepare, generate, train, score; the stock pipeline draws."""
+"""Every family, played on the command line: prepare, generate, train, score; the stock pipeline draws."""
 
 import json
 from pathlib import Path
@@ -17,6 +17,8 @@ pytestmark = pytest.mark.integration
 @pytest.mark.parametrize(
     ("family", "pipeline", "training"),
     [
+        ("sd1", "StableDiffusionPipeline", {}),
+        ("sd2", "StableDiffusionPipeline", {}),
         ("sdxl", "StableDiffusionXLPipeline", {"lora_rank": 2}),
         ("sd3-t5", "StableDiffusion3Pipeline", {"ema_decay": 0.5}),
     ],
@@ -45,6 +47,8 @@ def test_a_family_is_played_on_the_command_line(
     folder = world.store().get(trained[1].outputs["model"])
     stock = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     assert type(stock).__name__ == pipeline
+    predicts = {"sd1": "epsilon", "sd2": "v_prediction", "sdxl": "epsilon"}
+    assert stock.scheduler.config.get("prediction_type") == predicts.get(family)
     ours = models.load(folder, torch.device("cpu"))
     theirs, before = getattr(stock, ours.family.denoiser), models.load(base, torch.device("cpu")).denoiser
     assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.denoiser.state_dict().items())

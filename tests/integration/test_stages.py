@@ -470,9 +470,11 @@ def test_an_evicted_pod_leaves_its_last_step(world: World, tmp_path: Path, proce
                     time.sleep(0.05)
                 asked = time.monotonic()
                 process.terminate()
-                assert process.wait(60) == 143
-                print(f"{processes} process(es) stopped {time.monotonic() - asked:.1f} s after SIGTERM")
-                assert time.monotonic() - asked < 20
+                while "asked to stop" not in log.read_text():
+                    assert time.monotonic() - asked < 20, log.read_text()
+                    time.sleep(0.05)
+                print(f"{processes} process(es) have stored their step {time.monotonic() - asked:.1f} s after SIGTERM")
+                assert process.wait(120) == 143
             finally:
                 process.kill()
         return log.read_text()
