@@ -269,4 +269,4 @@ def test_a_registration_that_was_refused_is_completed_by_a_rerun(
     facts = register(place, name, 2).facts
     assert facts["versions"] == {"1": "1", "2": "2"}
     assert {str(version.version) for version in client.search_model_versions(f"name = '{name}'")} == {"1", "2"}
-    assert only(client, name, "pipeline").info.status == "FINISHED"
+    assert client.get_run(facts["mlflow_run_id"]).info.status == "FINISHED"
