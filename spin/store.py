@@ -530,18 +530,16 @@ class Store:
                 if ".." in inside.parts:
                     raise SpinError(f"expected plain file names under {uri}, got {name!r}; rename it")
                 with _named(f"s3://{bucket}/{name}"):
-                    self._fetch_tagged(bucket, name, part / target.name / inside, item)
+                    self._fetch_tagged(bucket, name, part / target.name / inside, item, part.parent / "coming")
         return target
 
-    def _fetch_tagged(self, bucket: str, name: str, path: Path, item: Any) -> None:
-        """Fetch a user's file; its bytes are compared with the tag that the server lists it under."""
+    def _fetch_tagged(self, bucket: str, name: str, path: Path, item: Any, coming: Path) -> None:
+        """Fetch a user's file by way of ``coming``; it is compared with the tag that the server lists it under."""
         uri, tag = f"s3://{bucket}/{name}", str(item.etag)
 
         def fault() -> str:
-            # Its own name for what has come so far would be longer than the file's, and then perhaps too long.
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = str(path.parent / f".{uuid.uuid4().hex}")
-            self._client.fget_object(bucket, name, str(path), tmp_file_path=part)
+            self._client.fget_object(bucket, name, str(path), tmp_file_path=str(coming))
             if path.stat().st_size == item.size and self._may_be(bucket, name, path, tag):
                 return ""
             return (
@@ -553,13 +551,16 @@ class Store:
 
     def _may_be(self, bucket: str, name: str, path: Path, tag: str) -> bool:
         """Return whether a file of the right size has this tag, or the tag says nothing of what is in it."""
-        part, size = PART_BYTES, path.stat().st_size
-        if "-" in tag:
-            part = int(self._client.stat_object(bucket, name, extra_query_params={"partNumber": "1"}).size or 0)
-            if part < 1 or -(-size // part) != int(tag.rpartition("-")[2]):
-                # A server that does not say in what parts it came.
+        found, size = re.fullmatch(r"[0-9a-f]{32}(?:-(\d+))?", tag), path.stat().st_size
+        if not found:
+            return True
+        part_bytes = size + 1
+        if found[1]:
+            part_bytes = int(self._client.stat_object(bucket, name, extra_query_params={"partNumber": "1"}).size or 0)
+            if not 0 < part_bytes < size or -(-size // part_bytes) != int(found[1]):
+                # The server does not say what parts it came in.
                 return True
-        if etag_of(path, max(part, 1) if "-" in tag else size + 1) == tag:
+        if etag_of(path, part_bytes) == tag:
             return True
         # With keys of the server's own it is no MD5.
         headers = self._client.stat_object(bucket, name).metadata or {}

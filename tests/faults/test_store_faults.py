@@ -254,7 +254,9 @@ def test_a_users_file_that_comes_broken_is_fetched_again(
 ) -> None:
     uri = put(store, "data/a.txt", b"a caption that is long")
     proxy.fault = fault()
-    assert (store.download(f"{store.uri}/data") / "a.txt").read_bytes() == b"a caption that is long"
+    folder = store.download(f"{store.uri}/data")
+    assert (folder / "a.txt").read_bytes() == b"a caption that is long"
+    assert [path.name for path in folder.iterdir()] == ["a.txt"]
     assert store.download(uri).read_bytes() == b"a caption that is long"
 
 

@@ -1,6 +1,7 @@
 """MLflow behind a faulty network: training goes on, and what it had to tell arrives late, whole, in order and once."""
 
 import itertools
+import re
 import time
 from collections.abc import Callable, Iterator
 
@@ -8,14 +9,18 @@ import pytest
 from mlflow import MlflowClient
 
 from spin import tracking
+from spin.errors import SpinError
 from spin.run import Index
 from spin.stages import Place
 from spin.stages.generate import generate
+from spin.stages.register import register
+from spin.stages.score import score
 from spin.stages.train import train
 from spin.training import Trainer
-from tests.faults.proxy import Answer, Fault, Proxy, Request, mlflow_error, slow
-from tests.integration.test_tracking import Interrupted, only, points
-from tests.integration.world import World
+from tests.faults.proxy import Answer, Fault, Proxy, Request, after, mlflow_error, slow
+from tests.integration.conftest import Played
+from tests.integration.test_tracking import Interrupted, only, points, sheets
+from tests.integration.world import BUCKET, PREFIX, World
 
 pytestmark = pytest.mark.integration
 NUMBER = itertools.count()
@@ -199,3 +204,69 @@ def test_what_a_killed_attempt_did_not_tell_comes_first(
             train(place, 1)
     index = train(world.place("mlflow-killed", proxy.endpoint), 1)
     assert_told(client, index, "mlflow-killed", 6)
+
+
+STAGES: dict[str, Callable[[World, Place], object]] = {
+    "prepare": lambda world, place: world.prepare(place),
+    "iteration-001/generate-0000-of-0001": lambda _, place: generate(place, 1),
+    "iteration-000/score": lambda _, place: score(place, 0),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_outlasts_a_server_that_comes_late(
+    world: World, client: MlflowClient, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """MLflow refuses connections until the stage has nothing left but to tell its index."""
+    run_key = f"mlflow-late-{next(NUMBER)}"
+    if stage != "prepare":
+        world.prepare(world.place(run_key))
+    index, missed = tracking.StageLog.index, []
+
+    def at_last(self: tracking.StageLog, made: Index) -> None:
+        deadline = time.monotonic() + 30
+        while not self.warned and time.monotonic() < deadline:
+            time.sleep(0.01)
+        missed.append(self.warned)
+        proxy.listen()
+        index(self, made)
+
+    proxy.refuse()
+    monkeypatch.setattr(tracking.StageLog, "index", at_last)
+    STAGES[stage](world, world.place(run_key, proxy.endpoint))
+    assert missed == [True]
+    run, parent = only(client, run_key, stage), only(client, run_key, "pipeline")
+    assert (run.info.status, parent.info.status) == ("FINISHED", "RUNNING")
+    told = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert told == {"index.json"} | ({"scores.json", "estimates.json"} if "score" in stage else set())
+    if stage == "prepare":
+        assert parent.data.params["train.batch_size"] == "8"
+    if "score" in stage:
+        assert [step for step, _ in points(client, parent, "test.clip_score")] == [0]
+        assert sheets(client, parent) == [0]
+
+
+@pytest.mark.parametrize("passed", [0, 1, 6, 12])
+def test_a_registration_that_was_refused_is_completed_by_a_rerun(
+    world: World, client: MlflowClient, proxy: Proxy, played: Played, passed: int
+) -> None:
+    """A registry must succeed: wherever its server goes away, there is one line; and then one version per player."""
+    name = f"mlflow-register-{next(NUMBER)}"
+    world.copy(played.place.run_key, name)
+    world.minio().remove_object(BUCKET, f"{PREFIX}/runs/{name}/register.json")
+    place = world.place(name, proxy.endpoint)
+    if passed:
+        proxy.fault = after(passed, lambda *_: mlflow_error(503, "TEMPORARILY_UNAVAILABLE"))
+    else:
+        proxy.refuse()
+    with pytest.raises(SpinError) as refused:
+        register(place, name, 2)
+    assert re.fullmatch(r"expected the MLflow registry at .+, got .+; .+", str(refused.value))
+    assert "register.json" not in world.documents(name)
+    proxy.fault = none
+    if not passed:
+        proxy.listen()
+    facts = register(place, name, 2).facts
+    assert facts["versions"] == {"1": "1", "2": "2"}
+    assert {str(version.version) for version in client.search_model_versions(f"name = '{name}'")} == {"1", "2"}
+    assert client.get_run(facts["mlflow_run_id"]).info.status == "FINISHED"

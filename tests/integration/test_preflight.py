@@ -135,6 +135,14 @@ def test_no_mlflow(check: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
     assert "check tracking_uri" in only(check(gpu_count=0, tracking_uri="http://127.0.0.1:1"), "MLflow")
 
 
+@pytest.mark.parametrize("uri", ["sqlite:////{}/x.db", "file://{}/runs"])
+def test_mlflow_is_a_server(check: Callable[..., Report], tmp_path: Path, uri: str) -> None:
+    report = check(gpu_count=0, tracking_uri=uri.format(tmp_path))
+    assert "expected an MLflow server like http://host:5000" in only(report, "MLflow")
+    assert "set tracking_uri" in only(report, "MLflow")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_host_name_that_mlflow_does_not_know(
     world: World, check: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
 ) -> None:
