@@ -280,7 +280,7 @@ def costs(rows: Sequence[Row], against: str = "sft") -> list[dict[str, Any]]:
     """
     table, totals = [], dict[str, float]()
     for row in rows:
-        line: dict[str, Any] = {"title": row.title}
+        line: dict[str, Any] = {"title": row.title, "arm": row.arm}
         for phase in ("generate", "train", "score"):
             found = [stage for stage in row.stages if stage.stage.split("/")[1].startswith(phase)]
             played = len(row.scores) - row.ended

@@ -168,8 +168,12 @@ def scalars(index: Index, split: str = "test") -> dict[str, float]:
     return dict(list(means.items())[:MOST_SCALARS])
 
 
+PER = 2048
+"""Images or pairs that the seed paper's tables give times for: its batch."""
+
+
 def spending(costs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the table of what rows of ``spin.comparison.costs`` took, in Markdown."""
+    """Return the tables of what rows of ``spin.comparison.costs`` took, in Markdown: each row, and each arm in all."""
     phases = ("generate", "train", "score")
     head = ["model", "generating: time, images", "training: time, pairs", "scoring: time, images", "MFU of the three",
             "accelerator-hours"]  # fmt: skip
@@ -178,11 +182,49 @@ def spending(costs: Sequence[Mapping[str, Any]]) -> list[str]:
             line["title"],
             *(f"{line[p]['seconds']:.0f} s, {line[p]['items']}" for p in phases),
             " / ".join(f"{100 * line[p]['mfu']:.0f} %" if line[p].get("mfu") else "-" for p in phases),
-            f"{sum(line[p]['accelerator_hours'] for p in ('generate', 'train')):.3f}",
+            f"{_hours([line]):.3f}",
         ]
         for line in costs
     ]
-    return _grid(head, body)
+    return [*_grid(head, body), "", *_by_iteration(costs)]
+
+
+def _hours(lines: Sequence[Mapping[str, Any]]) -> float:
+    return float(sum(line[p]["accelerator_hours"] for line in lines for p in ("generate", "train")))
+
+
+def _by_iteration(costs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the seed paper's table: times per 2,048 images and pairs, per iteration, and in all."""
+    arms: dict[str, list[Mapping[str, Any]]] = {}
+    for line in costs:
+        arms.setdefault(line.get("arm") or "this run", []).append(line)
+    longest = max((len(lines) for lines in arms.values()), default=0)
+    both = (("generate", "sampling"), ("train", "training"))
+
+    def seconds(lines: Sequence[Mapping[str, Any]], phase: str) -> float:
+        return float(sum(line[phase]["seconds"] for line in lines))
+
+    def rate(lines: Sequence[Mapping[str, Any]], phase: str) -> str:
+        items = sum(line[phase]["items"] for line in lines)
+        return f"{PER * seconds(lines, phase) / items:.1f} s" if items else "-"
+
+    head = ["", "sampling per 2,048 images", "training per 2,048 pairs"]
+    head += [f"{name}, iteration {k}" for k in range(1, longest + 1) for _, name in both]
+    body = [
+        [
+            name,
+            *(rate(lines, phase) for phase, _ in both),
+            *(
+                f"{lines[k][phase]['seconds']:.0f} s" if k < len(lines) and lines[k][phase]["items"] else "-"
+                for k in range(longest)
+                for phase, _ in both
+            ),
+            f"{sum(seconds(lines, phase) for phase, _ in both):.0f} s",
+            f"{_hours(lines):.3f}",
+        ]
+        for name, lines in arms.items()
+    ]
+    return _grid([*head, "total", "accelerator-hours"], body)
 
 
 def markdown(

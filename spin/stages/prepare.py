@@ -54,16 +54,17 @@ def prepare(
     if index := run.find("prepare", inputs):
         logger.info("prepare: complete, %d pairs", index.items)
     else:
-        index = _prepare(run, config, inputs, clock)
+        index = _prepare(run, config, inputs, clock, place.accelerators)
     with tracking.stage(place, index.stage, 0) as log:
         log.params(config)
         log.index(index)
     return index
 
 
-def _prepare(run: Run, config: RunConfig, inputs: dict[str, Any], clock: Clock) -> Index:
+def _prepare(run: Run, config: RunConfig, inputs: dict[str, Any], clock: Clock, accelerators: int) -> Index:
     from spin import models, prompts
-    from spin.sampling import solver
+    from spin.accounting import cost, flops_per_encode, peak
+    from spin.sampling import fast_precision, solver
     from spin.scorers import Setting, load
     from spin.scorers.frechet import Features
     from spin.training import process_for
@@ -108,6 +109,9 @@ def _prepare(run: Run, config: RunConfig, inputs: dict[str, Any], clock: Clock) 
         logger.info("prepare: data set %s stored, %.1f MB", dataset.digest[:12], dataset.size / 1e6)
         base = run.store.put_folder(_model_files(folder, work / "base"))
     run.begin(config)
+    seconds, precision = clock.seconds, fast_precision(model.device)
+    # The encoder is all that computes.
+    flops = flops_per_encode(model, shape) * (2 if config.train.needs_pairs else 1)
     return run.finish(
         Index(
             stage="prepare",
@@ -120,8 +124,9 @@ def _prepare(run: Run, config: RunConfig, inputs: dict[str, Any], clock: Clock) 
                 "rejections": dict(rejections),
                 "latents_shape": list(shape),
             },
-            seconds=clock.seconds,
+            seconds=seconds,
             items=accepted,
+            cost=cost(peak(model.device.type, precision), flops, accepted, seconds, accelerators),
             producer=producer(),
         )
     )

@@ -111,7 +111,7 @@ def test_every_stage_leaves_an_index(world: World, played: Played) -> None:
         assert index.seconds > 0
         assert index.items > 0
         assert index.producer["commit"] == "c0ffee"
-        assert bool(index.cost) == bool(re.search("generate|train|score", stage))
+        assert bool(index.cost) == bool(re.search("prepare|generate|train|score", stage))
         assert all(value > 0 for value in index.cost.values())
         assert all(index.producer[name] for name in ("spin", "torch", "diffusers", "host", "device", "finished"))
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from benchmarks import sampling, scaling, training
+from benchmarks import sampling, scaling, tables, training
 from benchmarks.measure import answer, interleaved, memory, rates, speed_up
 from benchmarks.overhead import accounted
 from benchmarks.sampling import difference
@@ -194,3 +194,9 @@ def test_every_way_to_draw_is_ours(place: World) -> None:
     images = {name: draw() for name, draw in ways.items()}
     assert [len(drawn) for drawn in images.values()] == [1, 2, 2]
     assert difference(images[sampling.OURS], images[sampling.STOCK])["mean"] < 1
+
+
+def test_the_notes_tables_are_what_the_results_say() -> None:
+    text = tables.NOTES.read_text()
+    assert len(tables.MARKED.findall(text)) == 5
+    assert tables.filled(text) == text, "python -m benchmarks.tables writes them anew"

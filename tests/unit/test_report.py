@@ -6,7 +6,19 @@ import pytest
 from PIL import Image
 
 from spin.data.dataset import HeldOut
-from spin.report import caption, cell, contact_sheet, decision, further, markdown, plain, row_name, scalars, table
+from spin.report import (
+    caption,
+    cell,
+    contact_sheet,
+    decision,
+    further,
+    markdown,
+    plain,
+    row_name,
+    scalars,
+    spending,
+    table,
+)  # fmt: skip
 from spin.run import Index
 
 EVIL = "<script>alert(1)</script>"
@@ -102,8 +114,34 @@ def test_markdown_says_what_it_took(rows: list[Index]) -> None:
     phase = {"seconds": 61.4, "items": 512, "mfu": 0.487, "accelerator_hours": 0.25}
     line = {"title": "iteration 1", "generate": phase, "train": phase, "score": {**phase, "mfu": None}}
     lines = markdown("run-1", rows, [("improved", "error -2.0 %")], [line]).splitlines()
-    assert lines[-1] == "| iteration 1 | 61 s, 512 | 61 s, 512 | 61 s, 512 | 49 % / 49 % / - | 0.500 |"
+    assert "| iteration 1 | 61 s, 512 | 61 s, 512 | 61 s, 512 | 49 % / 49 % / - | 0.500 |" in lines
     assert "- iteration 1: **improved**, error -2.0 %" in lines
+
+
+def test_times_are_the_seed_papers() -> None:
+    """Per 2,048 images and pairs over all iterations, per iteration, and in all; what was not drawn has no time."""
+
+    def line(arm: str, title: str, drawn: tuple[float, int], trained: tuple[float, int]) -> dict[str, Any]:
+        spent = {"generate": drawn, "train": trained, "score": (9.0, 9)}
+        phases = {
+            phase: {"seconds": seconds, "items": items, "accelerator_hours": seconds / 3600, "mfu": None}
+            for phase, (seconds, items) in spent.items()
+        }
+        return {"arm": arm, "title": title, **phases}
+
+    lines = spending([
+        line("spin", "spin 1", (30.0, 1024), (60.0, 512)),
+        line("spin", "spin 2", (90.0, 1024), (120.0, 2560)),
+        line("sft", "sft", (1.0, 0), (72.0, 4096)),
+    ])  # fmt: skip
+    assert lines[-4:] == [
+        "|  | sampling per 2,048 images | training per 2,048 pairs | sampling, iteration 1 | training, iteration 1 | "
+        "sampling, iteration 2 | training, iteration 2 | total | accelerator-hours |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        # 2048 * (30 + 90) / (1024 + 1024), 2048 * (60 + 120) / (512 + 2560); (30 + 90 + 60 + 120) / 3600 hours
+        "| spin | 120.0 s | 120.0 s | 30 s | 60 s | 90 s | 120 s | 300 s | 0.083 |",
+        "| sft | - | 36.0 s | - | 72 s | - | - | 73 s | 0.020 |",
+    ]
 
 
 def test_cells_and_names() -> None:

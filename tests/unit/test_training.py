@@ -242,8 +242,8 @@ def test_what_inductor_compiles_is_the_same_network(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.manual_seed(0)
     plain = UNet2DConditionModel(
-        sample_size=4, in_channels=4, out_channels=4, block_out_channels=(8,), layers_per_block=0, norm_num_groups=4,
-        down_block_types=("DownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=8,
+        sample_size=4, in_channels=4, out_channels=4, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=8,
         attention_head_dim=4, mid_block_type=None,
     )  # fmt: skip
     compiled = copy.deepcopy(plain)
