@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -175,9 +176,21 @@ def torch_index(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def runtime(base_image: str, torch_index: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+def built(base_image: str, torch_index: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return the names of the CPU runtime's and the MLflow server's image, built side by side."""
+    arguments = {"runtime-cpu": {"TORCH_INDEX": torch_index}, "mlflow": {}}
+    with ThreadPoolExecutor() as pool:
+        under_way = {
+            name: pool.submit(_build, name, tmp_path_factory.mktemp(name), BASE_IMAGE=base_image, **own)
+            for name, own in arguments.items()
+        }
+        return {name: each.result() for name, each in under_way.items()}
+
+
+@pytest.fixture(scope="session")
+def runtime(built: dict[str, str]) -> str:
     """Return the CPU runtime image's name."""
-    return _build("runtime-cpu", tmp_path_factory.mktemp("runtime"), BASE_IMAGE=base_image, TORCH_INDEX=torch_index)
+    return built["runtime-cpu"]
 
 
 @pytest.fixture(scope="session")
@@ -187,6 +200,6 @@ def cuda_base(base_image: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def mlflow(base_image: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+def mlflow(built: dict[str, str]) -> str:
     """Return the MLflow server image's name."""
-    return _build("mlflow", tmp_path_factory.mktemp("mlflow"), BASE_IMAGE=base_image)
+    return built["mlflow"]
