@@ -133,8 +133,9 @@ def prepare_and_score_base(
     servers = {name: value for name, value in where.items() if name != "experiment"}
     checked = preflight(**options, **checked_alone, **servers, **nodes).set_display_name("Preflight")
     with_secrets(place_on_cpu(checked, cpu="1", memory="2Gi"), **secrets)
-    passed = place_on_cpu(require_preflight(faults=checked.outputs["faults"]), cpu="100m", memory="1Gi")
-    passed.set_display_name("Require preflight")
+    store = {name: where[name] for name in ("store_uri", "store_endpoint")}
+    passed = require_preflight(faults=checked.outputs["faults"], **store).set_display_name("Require preflight")
+    with_store(place_on_cpu(passed, cpu="100m", memory="1Gi"), score_secret)
 
     places = [f"{work}_{what}" for work in WORKS for what in ("cpu", "memory", "selector", "tolerations")]
     pool = {"gpu_count": nodes["gpu_count"]} | {name: checked.outputs[name] for name in places}

@@ -18,13 +18,18 @@ from spin.errors import SpinError
 from spin.gate import policy
 from spin.presets import resolve, room
 from spin.run import Run, whole_iteration
+from spin.scorers import BUILT_IN
 from spin.stages import Place
 from spin.store import Store
+from spin.weights import Part
 
 Verdict = Literal["ok", "failed", "skipped"]
 MOST_CLOCK_SECONDS = 60.0
 OLDEST_MLFLOW = (3, 0)
 ROWS_LOOKED_AT = 50
+ROWS_FETCHED = 8
+MOST_FETCHED = 64 * 2**20
+"""Bytes of a file on S3 that are fetched to look at its first rows."""
 # SD-1.5 at 512 px, 50 steps with guidance in about a second: the usual figure of an A100 with 80 GB. For orientation.
 PASSES_PER_SECOND = 100.0
 GIB = 2**30
@@ -91,6 +96,20 @@ def refuse(faults: str) -> None:
         raise SpinError(f"expected a set-up that can run this, got: {faults}")
 
 
+def try_scorers_keys(store_uri: str, store_endpoint: str) -> None:
+    """Put, get and delete with this process's keys where tasks that score do.
+
+    Raises:
+        SpinError: the keys may not, or there are none.
+    """
+    store = Store(store_uri, store_endpoint)
+    try:
+        store.check()
+        store.below("parts").probe()
+    except SpinError as error:
+        raise SpinError(f"expected keys that may score in the secret score_secret, got: {error}") from None
+
+
 def _cell(text: str) -> str:
     # Text of others (labels, server answers) may be anything; a cell stays a cell and holds no markup.
     escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
@@ -127,6 +146,10 @@ def preflight(
             checks.append(Check(name, "failed", found or do, do if found else ""))
         except _Skip as skip:
             checks.append(Check(name, "skipped", str(skip)))
+        except Exception as error:
+            # What nobody thought of is a row too: the other checks still say what they found.
+            found = " ".join(f"{type(error).__name__}: {error}".split())
+            checks.append(Check(name, "failed", f"expected an answer, got {found}", "look into what it names"))
         return checks[-1].verdict == "ok"
 
     config: RunConfig | None = None
@@ -167,14 +190,17 @@ def preflight(
         check("run key", run)
         check("base model", lambda: _base(plan.base_model, store, prepared))
         check("data", lambda: _data(plan, store, prepared))
-        check("scorer", lambda: _scorer(plan.score))
+        check("scorer", lambda: _scorer(plan.score, store))
         check("size of the run", lambda: _size(plan, int(iterations), int(gpu_count)))
-        scratch = _scratch_bytes(plan, store)
+        try:
+            scratch = _scratch_bytes(plan, store)
+        except Exception:
+            scratch = 0  # the check of the base model says what is wrong with it
         need = _need(train, int(gpu_count), scratch, "gpu_pool")
         check("nodes", lambda: _nodes(need, int(train_nodes)))
         if draw_pool:
             check("nodes to sample on", lambda: _nodes(_need(draw, int(gpu_count), scratch, "draw_pool"), 1))
-        check("quota", lambda: _quota(int(gpu_count) * int(train_nodes)))
+        check("quota", lambda: _quota(need, int(train_nodes)))
         if train_nodes > 1:
             check("Kubeflow Trainer", _trainer)
         check("disk", lambda: _disk(scratch))
@@ -244,8 +270,6 @@ def _base(name: str, store: Store | None, prepared: bool) -> str:
 
 
 def _data(config: RunConfig, store: Store | None, prepared: bool) -> str:
-    from spin.data.sources import Rejection, Row, read
-
     if prepared:
         raise _Skip("the run is prepared")
     source = config.data.source
@@ -255,28 +279,117 @@ def _data(config: RunConfig, store: Store | None, prepared: bool) -> str:
         if store is None:
             raise _Skip("S3 is out of reach")
         sizes = store.sizes(source)
-        return f"{source}: {len(sizes)} file(s), {sum(sizes.values()) / GIB:.2f} GiB"
-    items = list(islice(read(config.data, config.train.needs_pairs), ROWS_LOOKED_AT))
+        what = f"{source}, {len(sizes)} file(s), {sum(sizes.values()) / GIB:.2f} GiB"
+        with tempfile.TemporaryDirectory(prefix="spin-preflight-") as folder:
+            sample = _sample(store, source, sizes, Path(folder))
+            if sample is None:
+                return f"{what}: too large to look into"
+            return _rows(config, what, str(sample))
+    return _rows(config, source, source)
+
+
+def _sample(store: Store, source: str, sizes: Mapping[str, int], folder: Path) -> Path | None:
+    """Fetch what the first rows of data on S3 are read from; None: a large table, whose index is at its end."""
+    from spin.data.sources import EXTENSIONS
+
+    def suffix(name: str) -> str:
+        return Path(name).suffix.lower()
+
+    def fetch(name: str) -> None:
+        path = folder / name
+        if ".." in path.parts:
+            raise SpinError(f"expected plain file names under {source}, got {name!r}; rename it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        store.begin_of(f"{source}/{name}", MOST_FETCHED, path)
+
+    if set(sizes) == {""}:
+        if suffix(source) not in (".tar", ".parquet"):
+            raise SpinError(f"expected a folder, a .tar or a .parquet file, got {source}; convert the data to one")
+        if suffix(source) == ".parquet" and sizes[""] > MOST_FETCHED:
+            return None
+        path = folder / f"data{suffix(source)}"
+        store.begin_of(source, MOST_FETCHED, path)
+        return path
+    images = sorted(name for name in sizes if suffix(name) in EXTENSIONS)
+    if "metadata.jsonl" in sizes:
+        fetch("metadata.jsonl")
+        lines = (folder / "metadata.jsonl").read_bytes().splitlines(keepends=True)[:ROWS_FETCHED]
+        (folder / "metadata.jsonl").write_bytes(b"".join(lines))
+        named = b"".join(lines).decode(errors="replace")
+        for name in [name for name in images if Path(name).name in named][: 2 * ROWS_FETCHED]:
+            fetch(name)
+    elif tables := sorted(name for name in sizes if suffix(name) == ".parquet"):
+        if sizes[tables[0]] > MOST_FETCHED:
+            return None
+        fetch(tables[0])
+    else:
+        for name in images[:ROWS_FETCHED]:
+            fetch(name)
+            if (caption := str(Path(name).with_suffix(".txt"))) in sizes:
+                fetch(caption)
+    return folder
+
+
+def _rows(config: RunConfig, what: str, source: str) -> str:
+    from spin.data.sources import Rejection, Row, read
+
+    items: list[Row | Rejection] = []
+    data = config.data.model_copy(update={"source": source})
+    try:
+        for item in islice(read(data, config.train.needs_pairs), ROWS_LOOKED_AT):
+            items.append(item)
+    except SpinError:
+        # Of an archive only the beginning may have been fetched.
+        if what == source or not any(isinstance(item, Row) for item in items):
+            raise
     rows = [item for item in items if isinstance(item, Row)]
     if not rows:
         why = next((item.reason for item in items if isinstance(item, Rejection)), "no rows")
-        raise SpinError(f"expected images with captions, got none in the first rows of {source} ({why}); mend the data")
-    return f"{source}: {len(rows)} of the first {len(items)} rows are usable"
+        raise SpinError(f"expected images with captions, got none in the first rows of {what} ({why}); mend the data")
+    return f"{what}: {len(rows)} of the first {len(items)} rows are usable"
 
 
-def _scorer(config: ScoreConfig) -> str:
+def _scorer(config: ScoreConfig, store: Store | None) -> str:
+    found = []
+    for name in config.scorers:
+        if name in ("clip_score", "style_share"):
+            found.append(_judge(config.clip_model, store))
+        elif pin := config.weights.get(name):
+            found.append(_weights(pin.source, pin.revision, store))
+        elif name == "pickscore":
+            from spin.scorers.pickscore import PARTS
+
+            found += [_weights(part.repo, part.revision, store) for part in PARTS]
+        elif name in BUILT_IN:
+            raise SpinError(
+                f"expected weights for the scorer {name}, got none; convert its authors' with `python -m spin "
+                f"convert-weights {name} FOLDER` and set score.weights.{name}.source"
+            )
+    return ", ".join(dict.fromkeys(found)) or ", ".join(config.scorers)
+
+
+def _judge(name: str, store: Store | None) -> str:
     from spin.scorers.clip import Clip
 
-    if not {"clip_score", "style_share"} & {*config.scorers}:
-        raise _Skip(f"{', '.join(config.scorers)}: prepare-data loads them before anything else")
-    name = config.clip_model
     folder = Path(Clip.find(name))
-    if name != "emoji" and not folder.exists():
-        raise _Skip(f"{name} is a hub name: prepare-data loads it before anything else")
+    if name != "emoji" and not folder.exists() and not name.startswith(("/", ".", "~")):
+        source, _, revision = name.partition("@")
+        return _weights(source, revision, store)
     files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     if "config.json" not in files or not any(file.endswith(".safetensors") for file in files):
         raise SpinError(f"expected a CLIP folder with safetensors, got {name!r}; set score.clip_model")
     return name
+
+
+def _weights(source: str, revision: str, store: Store | None) -> str:
+    """Look a scorer's weights up where they are, without fetching them."""
+    if source.startswith("s3://"):
+        if store is None:
+            raise _Skip("S3 is out of reach")
+        store.sizes(source)
+    elif not Path(source).expanduser().is_dir():
+        Part(source, revision or "main", ("config.json",)).fetch()
+    return source
 
 
 def _pairs(config: RunConfig) -> int:
@@ -348,20 +461,32 @@ def _trainer() -> str:
     return f"there, with {cluster.RUNTIME}"
 
 
-def _quota(gpu_count: int) -> str:
+def _quota(need: Need, pods: int) -> str:
     if not cluster.inside():
         raise _Skip("not in a cluster")
-    if not gpu_count:
-        raise _Skip("no accelerator is asked for")
-    left = cluster.Cluster().left().get(f"requests.{ACCELERATOR}")
-    if left is None:
-        return f"no quota of {ACCELERATOR} in {cluster.namespace()}"
-    if left < gpu_count:
-        raise SpinError(
-            f"expected {gpu_count} {ACCELERATOR} within the quota of {cluster.namespace()}, got {left:g} left; wait "
-            "for other runs, lower gpu_count or train_nodes, or raise the quota"
-        )
-    return f"{left:g} {ACCELERATOR} left in {cluster.namespace()}"
+    wanted = {"pods": float(pods)}
+    for name, amount in need.amounts.items():
+        wanted[f"requests.{name}"] = pods * amount
+    wanted["limits.memory"] = wanted["requests.memory"]
+    # A quota may leave the prefix out.
+    wanted |= {name: wanted[f"requests.{name}"] for name in ("cpu", "memory")}
+    # No pod of a run asks for disk.
+    del wanted["requests.ephemeral-storage"]
+    where, left = cluster.namespace(), cluster.Cluster().left()
+    asked = {name: amount for name, amount in wanted.items() if amount and name in left}
+    for name, amount in asked.items():
+        if left[name] < amount:
+            kind = name.rpartition(".")[2]
+            raise SpinError(
+                f"expected {cluster.shown(amount, kind)} {name} within the quota of {where}, got "
+                f"{cluster.shown(left[name], kind)} left; wait for other runs, lower gpu_count or train_nodes, or "
+                "raise the quota"
+            )
+    if not asked:
+        return f"no quota in {where} of what a run asks for"
+    kinds = {name: name.rpartition(".")[2] for name in asked}
+    said = ", ".join(f"{cluster.shown(left[name], kinds[name])} {name}" for name in asked)
+    return f"{said} left in {where}"
 
 
 def _disk(needed: int) -> str:

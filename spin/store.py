@@ -260,6 +260,12 @@ class Store:
         path, found = self._below(uri)
         return {name.removeprefix(path).lstrip("/"): int(item.size or 0) for name, item in found.items()}
 
+    def begin_of(self, uri: str, most: int, path: Path) -> None:
+        """Write the first ``most`` bytes of the file ``s3://bucket/path`` to ``path``."""
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        with self._errors(uri), self._client.get_object(bucket, key, 0, most) as response:
+            path.write_bytes(response.read())
+
     def _below(self, uri: str) -> tuple[str, dict[str, Any]]:
         """Return the path of ``s3://bucket/path`` and the objects at or below it, by name."""
         bucket, _, path = uri.removeprefix("s3://").rstrip("/").partition("/")

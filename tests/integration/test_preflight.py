@@ -2,18 +2,22 @@
 
 import shutil
 import socket
+import tarfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 from typer.testing import CliRunner
 
+from spin import preflight as preflight_module
 from spin import store as store_module
 from spin.__main__ import app
 from spin.errors import SpinError
-from spin.preflight import Check, Report, preflight, refuse
+from spin.preflight import Check, Report, preflight, refuse, try_scorers_keys
 from tests import tiny
 from tests.integration.conftest import Played
 from tests.integration.world import World
@@ -69,7 +73,7 @@ def test_a_good_set_up(world: World, check: Callable[..., Report]) -> None:
     refuse(report.faults)
     assert report.markdown.startswith("# Preflight: ready\n")
     assert "| nodes | ✓ ok | 1 node(s) fit, e.g. gpu-1 |" in report.markdown
-    assert "| quota | ✓ ok | 2 nvidia.com/gpu left in runs |" in report.markdown
+    assert "| quota | ✓ ok | 2 requests.nvidia.com/gpu left in runs |" in report.markdown
     assert world.names() == before
 
 
@@ -197,7 +201,8 @@ def test_options_that_make_no_run(check: Callable[..., Report]) -> None:
 
 @pytest.mark.usefixtures("cluster")
 def test_no_such_node(check: Callable[..., Report]) -> None:
-    said = only(check(gpu_pool={"node_selector": {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}}), "nodes")
+    h100 = {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
+    said = only(check(gpu_pool={"node_selector": h100, "tolerations": TOLERATION}), "nodes")
 
     assert "nearest is gpu-1: has nvidia.com/gpu.product=NVIDIA-A100-SXM4-80GB, not NVIDIA-H100-80GB-HBM3" in said
 
@@ -232,7 +237,7 @@ def test_the_demo_needs_no_large_node(world: World, tmp_path: Path, monkeypatch:
 @pytest.mark.usefixtures("cluster")
 def test_a_quota_that_is_used_up(world: World, check: Callable[..., Report]) -> None:
     overrides = tiny.overrides(world.judge, micro_batch_size=2)
-    assert "expected 4 nvidia.com/gpu within the quota of runs, got 2 left" in only(
+    assert "expected 4 requests.nvidia.com/gpu within the quota of runs, got 2 left" in only(
         check(gpu_count=2, train_nodes=2, overrides=overrides), "quota"
     )
 
@@ -297,3 +302,96 @@ def test_the_command(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Preflight: ready" in good.output
     assert isinstance(bad.exception, SpinError)
     assert "Preflight: 1 of " in bad.output
+
+
+@pytest.mark.parametrize(
+    ("resource", "hard", "used", "expected"),
+    [
+        ("requests.cpu", "10", "3", "expected 8 requests.cpu within the quota of runs, got 7 left"),
+        ("cpu", "10", "3", "expected 8 cpu within the quota of runs, got 7 left"),
+        (
+            "requests.memory",
+            "100Gi",
+            "50Gi",
+            "expected 64 GiB requests.memory within the quota of runs, got 50 GiB left",
+        ),
+        ("limits.memory", "64Gi", "1Gi", "expected 64 GiB limits.memory within the quota of runs, got 63 GiB left"),
+        ("pods", "5", "5", "expected 1 pods within the quota of runs, got 0 left"),
+    ],
+)
+def test_a_quota_of_anything(
+    check: Callable[..., Report],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    resource: str,
+    hard: str,
+    used: str,
+    expected: str,
+) -> None:
+    monkeypatch.setenv("KFP_NAMESPACE", "runs")
+    with api_server(tmp_path, [CPU_NODE], [quota(resource, hard, used)]) as kubeconfig:
+        monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
+        assert expected in only(check(gpu_count=0, gpu_pool={}), "quota")
+
+
+def test_a_check_that_breaks_is_a_row(check: Callable[..., Report], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> str:
+        raise ValueError("of a kind\nnobody thought of")
+
+    monkeypatch.setattr(preflight_module, "_mlflow", broken)
+    monkeypatch.setattr(preflight_module, "_scratch_bytes", broken)
+
+    assert "got ValueError: of a kind nobody thought of" in only(check(gpu_count=0), "MLflow")
+
+
+def test_data_on_s3_is_looked_into(world: World, check: Callable[..., Report], tmp_path: Path) -> None:
+    client = world.minio()
+    for path in (path for path in world.images.rglob("*") if path.is_file()):
+        client.fput_object("spin", f"data/images/{path.relative_to(world.images).as_posix()}", str(path))
+    with tarfile.open(tmp_path / "data.tar", "w") as archive:
+        for name in ("000.png", "001.png"):
+            archive.add(world.images / name, name)
+    client.fput_object("spin", "data/bare.tar", str(tmp_path / "data.tar"))
+    client.fput_object("spin", "data/images.zip", str(tmp_path / "data.tar"))
+
+    assert "GiB: 8 of the first 8 rows are usable" in check(gpu_count=0, data_source="s3://spin/data/images").markdown
+    assert "no caption" in only(check(gpu_count=0, data_source="s3://spin/data/bare.tar"), "data")
+    said = only(check(gpu_count=0, data_source="s3://spin/data/images.zip"), "data")
+    assert "expected a folder, a .tar or a .parquet file, got s3://spin/data/images.zip" in said
+
+
+def test_scorers_of_the_hub_are_looked_up(
+    world: World, check: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def lookup(name: str, revision: str, allow_patterns: list[str]) -> str:
+        asked.append((name, revision, allow_patterns))
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lookup)
+    overrides = tiny.overrides(world.judge)
+    overrides["score"]["clip_model"] = "some/judge@abc"
+    assert "expected some/judge at revision abc on the model hub" in only(
+        check(gpu_count=0, overrides=overrides), "scorer"
+    )
+    overrides = tiny.overrides(world.judge)
+    overrides["score"]["scorers"] = ["clip_score", "pickscore"]
+    assert "yuvalkirstain/PickScore_v1" in only(check(gpu_count=0, overrides=overrides), "scorer")
+    overrides["score"]["scorers"] = ["clip_score", "aesthetic"]
+    assert "set score.weights.aesthetic.source" in only(check(gpu_count=0, overrides=overrides), "scorer")
+    # Nothing of their weights is fetched.
+    assert {(name, tuple(patterns)) for name, _, patterns in asked} == {
+        ("some/judge", ("config.json",)),
+        ("yuvalkirstain/PickScore_v1", ("config.json",)),
+    }
+
+
+def test_keys_that_cannot_score(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = world.names()
+    try_scorers_keys(world.store_uri, world.servers.s3_endpoint)
+    assert world.names() == before
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(SpinError, match=r"^expected keys that may score in the secret score_secret, got: .*; "):
+        try_scorers_keys(world.store_uri, world.servers.s3_endpoint)

@@ -17,6 +17,7 @@ from minio.error import S3Error
 
 from pipelines import laptop
 from spin.errors import SpinError
+from spin.preflight import try_scorers_keys
 from spin.progress import Progress, forget
 from spin.run import Run
 from spin.store import Ref, Store
@@ -165,3 +166,12 @@ def test_strangers_are_refused(users: Users) -> None:
     with pytest.raises(S3Error) as refused:
         list(stranger.list_objects("spin"))
     assert refused.value.code == "AccessDenied"
+
+
+def test_the_scorers_keys_are_tried_where_it_may_write(users: Users, monkeypatch: pytest.MonkeyPatch) -> None:
+    store(users, "scorer", monkeypatch)
+    try_scorers_keys("s3://spin", users.endpoint)
+
+    store(users, "mlflow", monkeypatch)
+    with pytest.raises(SpinError, match=r"score_secret, got: .*"):
+        try_scorers_keys("s3://spin", users.endpoint)

@@ -28,7 +28,7 @@ NONE = ("", "", "", "")
 # secrets. No task has a CPU limit, is cached or has an environment of its own; every one runs as the image's own user.
 TABLE = {
     "Preflight": ("1", "2Gi", "2Gi", NONE, 0, {STORE, TRACKING}),
-    "Require preflight": ("100m", "1Gi", "1Gi", NONE, 0, set()),
+    "Require preflight": ("100m", "1Gi", "1Gi", NONE, 0, {SCORE}),
     # Not on nodes that may go at any time: it has no retries.
     "Prepare data": ("draw_cpu", "draw_memory", "draw_memory", TRAIN, 0, {STORE, TRACKING}),
     "Plan score shards": ("100m", "256Mi", "256Mi", NONE, 0, set()),
