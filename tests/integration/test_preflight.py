@@ -209,7 +209,8 @@ def test_options_that_make_no_run(check: Callable[..., Report]) -> None:
 
 @pytest.mark.usefixtures("cluster")
 def test_no_such_node(check: Callable[..., Report]) -> None:
-    said = only(check(gpu_pool={"node_selector": {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}}), "nodes")
+    h100 = {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
+    said = only(check(gpu_pool={"node_selector": h100, "tolerations": TOLERATION}), "nodes")
 
     assert "nearest is gpu-1: has nvidia.com/gpu.product=NVIDIA-A100-SXM4-80GB, not NVIDIA-H100-80GB-HBM3" in said
 

@@ -121,8 +121,10 @@ PLACES = {
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("spot", [False, True], ids=["one-pool", "spot"])
-def test_every_task_of_every_preset(name: str, spot: bool) -> None:
+def test_every_task_of_every_preset(name: str, spot: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Component x preset, as preflight hands it over: amounts, and what chooses the nodes."""
+    for hub in ("_base", "_data", "_scorer"):
+        monkeypatch.setattr(f"spin.preflight.{hub}", lambda *_: "not asked")
     own = {"node_selector": {"spot": "true"}, "tolerations": [{"key": "spot", "operator": "Exists"}]} if spot else {}
     report = preflight(NOWHERE, name, gpu_count=1, gpu_pool=A100_80GB, draw_pool=own)
     handed = {f"{work}_{what}": value for work in WORKS for what, value in vars(getattr(report, work)).items()}
