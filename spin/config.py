@@ -384,8 +384,10 @@ class _Plain(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
-            raise yaml.composer.ComposerError(None, None, "an alias or a tag", event.start_mark)
+        tag = getattr(event, "tag", None)
+        if tag or isinstance(event, yaml.AliasEvent):
+            fault = f"could not determine a constructor for the tag {tag!r}" if tag else "found an alias"
+            raise yaml.composer.ComposerError(None, None, fault, event.start_mark)
         node: yaml.Node | None = super().compose_node(parent, index)
         return node
 

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -249,8 +249,13 @@ def check(folder: Path) -> None:
                 raise SpinError(
                     f"expected a header of at most {MAX_HEADER} bytes in {path}, got one of {size}; fetch it again"
                 )
-        if (folder / part / "config.json").is_file():
-            _check_layers(_json_object(folder / part / "config.json"), folder / part)
+        config = folder / part / "config.json"
+        if config.is_file():
+            if (size := config.stat().st_size) > MAX_JSON:
+                raise SpinError(f"expected a config of at most {MAX_JSON} bytes, got {size} ({config}); mend it")
+            # What is no JSON is refused when it is loaded.
+            with suppress(ValueError, RecursionError):
+                _check_layers(json.loads(config.read_text()), folder / part)
 
 
 def _check_layers(config: Any, where: Path, name: str = "") -> None:
