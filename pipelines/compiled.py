@@ -13,7 +13,8 @@ from google.protobuf import json_format
 from kfp import compiler
 from kfp.pipeline_spec import pipeline_spec_pb2
 
-from spin.errors import SpinError
+from spin.config import MAX_YAML, plain_yaml
+from spin.errors import SpinError, printable
 
 KINDS: dict[str, tuple[type, ...]] = {
     "STRING": (str,),
@@ -175,14 +176,15 @@ def check_parameters(package: Path, params: Mapping[str, Any]) -> None:
 def read_parameters(path: Path) -> dict[str, Any]:
     """Return the parameters in a YAML file (a mapping of names to values)."""
     try:
-        params = yaml.safe_load(path.read_bytes())
+        with path.open("rb") as file:
+            params = plain_yaml(file.read(MAX_YAML + 1))
     except OSError as error:
         raise SpinError(f"expected a parameter file, got {path} ({error.strerror}); check --params") from None
     except yaml.MarkedYAMLError as error:
         line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
         raise SpinError(f"expected YAML in {path}, got {error.problem}{line}; mend the file") from None
-    except yaml.YAMLError as error:
-        raise SpinError(f"expected YAML in {path}, got {str(error).splitlines()[0]}; mend the file") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise SpinError(f"expected YAML in {path}, got {printable(str(error))}; mend the file") from None
     if params is None:
         return {}
     if not isinstance(params, dict):

@@ -9,7 +9,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from spin.errors import SpinError
+from spin.errors import SpinError, brief, printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,15 +31,21 @@ Shards = Annotated[int, typer.Option(help="Number of shards that the losers are 
 
 
 def _overrides(value: str) -> dict[str, Any]:
+    from spin.config import MAX_YAML, plain_yaml
+
+    text = value
     try:
-        text = Path(value[1:]).read_text() if value.startswith("@") else value
-        parsed = yaml.safe_load(text) or {}
+        if value.startswith("@"):
+            with Path(value[1:]).open(encoding="utf-8") as file:
+                text = file.read(MAX_YAML + 1)
+        parsed = plain_yaml(text) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
+        fault = printable(f"{type(error).__name__}: {getattr(error, 'problem', None) or error}")
         raise SpinError(
-            f"expected overrides as YAML, JSON or @FILE, got {value!r} ({type(error).__name__}); correct it"
+            f"expected overrides as YAML, JSON or @FILE, got {brief(value)} ({fault}); correct it"
         ) from None
     if not isinstance(parsed, dict):
-        raise SpinError(f"expected overrides as a mapping, got {value!r}; e.g. '{{train: {{beta: [3000]}}}}'")
+        raise SpinError(f"expected overrides as a mapping, got {brief(value)}; e.g. '{{train: {{beta: [3000]}}}}'")
     return parsed
 
 

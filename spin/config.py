@@ -9,15 +9,24 @@ import math
 import re
 from typing import Annotated, Any, Literal, Self, get_args
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from spin.errors import SpinError
+from spin.errors import SpinError, brief, printable
 from spin.scorers import names
 
-Positive = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Every number has an upper bound far above any use: what would end in no memory, or never, is refused at once.
+Positive = Annotated[int, Field(gt=0, le=10**4)]
+Many = Annotated[int, Field(gt=0, le=10**6)]
+Steps = Annotated[int, Field(gt=0, le=10**7)]
+StepsOrNone = Annotated[int, Field(ge=0, le=10**7)]
+# Whole numbers survive JSON, which makes doubles of them in KFP, up to here.
+Seed = Annotated[int, Field(ge=0, le=2**53)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+MAX_YAML = 100_000
+"""Characters of options and parameters."""
 
 
 class _Config(BaseModel):
@@ -36,7 +45,7 @@ class DataConfig(_Config):
     """Side of the square training images, in pixels; a multiple of the autoencoder's factor and the denoiser's."""
     min_size: Positive = 64
     """Rows whose shorter side has fewer pixels are rejected."""
-    limit: Positive | None = None
+    limit: Annotated[int, Field(gt=0, le=10**9)] | None = None
     """Read at most this many accepted rows."""
     held_out_share: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """Share of prompts kept out of training, half of them for validation, half for test (chosen by the prompt's
@@ -53,9 +62,9 @@ class GenerateConfig(_Config):
     Heun sampler, which looks twice at a step; ``euler`` is DDIM in other variables."""
     num_inference_steps: Positive = 20
     """Steps of the solver: DPM-Solver++'s 20 exceed PNDM's 50 in the paper's rebuttal."""
-    guidance_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 7.5
+    guidance_scale: Annotated[float, Field(ge=1, le=1000, allow_inf_nan=False)] = 7.5
     """Classifier-free guidance; 1 turns it off. The paper's SD-1.5 setting."""
-    opponent_guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    opponent_guidance: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 0.0
     """Guidance of the losers; 0: ``guidance_scale``, as in the paper. Guided losers are not quite the opponent's own
     distribution, whose unguided denoiser the loss compares; 1 draws that (method: the fixed point is then the data)."""
     guidance_interval: tuple[Share, Share] = (0.0, 1.0)
@@ -63,7 +72,7 @@ class GenerateConfig(_Config):
     2024). The paper's, and the images compared with it, are guided throughout."""
     batch_size: Positive = 64
     """Images per denoiser call (doubled inside by guidance); compiled, one padded shape serves all batches."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     roundtrip: bool = False
     """Decode and re-encode the losers, so that both sides of a pair carry the autoencoder's signature."""
 
@@ -117,33 +126,33 @@ class TrainConfig(_Config):
     """``dpo``: pairs are the data's own, or, where it has winners alone, drawn by the base model: of
     ``ranked_draws`` images per prompt the one with the best primary score is the winner, the worst the loser. That
     learns from a judge, which self-play does not, and from the one that later tells who has won."""
-    ranked_draws: Annotated[int, Field(ge=2)] = 4
+    ranked_draws: Annotated[int, Field(ge=2, le=1000)] = 4
     link: Literal["logistic", "hinge", "correlation", "exponential"] = "logistic"
     """Decreasing convex function of the advantage: see ``spin.losses``. The paper trains with the logistic one."""
-    beta: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (2000.0, 5000.0)
+    beta: Annotated[tuple[PositiveFloat, ...], Field(min_length=1, max_length=1000)] = (2000.0, 5000.0)
     """Strength per iteration, the last one repeated. It multiplies 1/2 of the difference of the *mean*-reduced
     (over C, H, W) errors: see ``spin.losses.spin_loss``."""
     trajectory_steps: Annotated[int, Field(gt=0, lt=1000)] = 20
     """``exact-spin``: steps of the reverse process."""
     trajectory_scale: PositiveFloat = 0.01
     """``exact-spin``: lambda of Eq. 3.8, in place of beta."""
-    steps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (50, 500, 300)
+    steps: Annotated[tuple[Steps, ...], Field(min_length=1, max_length=1000)] = (50, 500, 300)
     """Optimizer steps per iteration, the last one repeated."""
-    batch_size: Positive = 2048
+    batch_size: Many = 2048
     """Pairs per optimizer step, over all processes and micro-batches."""
     micro_batch_size: Positive = 8
     """Pairs per forward pass and process."""
-    learning_rate: PositiveFloat = 2e-5
-    warmup_steps: Annotated[int, Field(ge=0)] = 200
+    learning_rate: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 2e-5
+    warmup_steps: StepsOrNone = 200
     """Linear warm-up. The paper's 200 exceed its first iteration, which never reaches the peak."""
-    decay_steps: Annotated[int, Field(ge=0)] = 500
+    decay_steps: StepsOrNone = 500
     """Linear decay from the peak to 0 at this step (the paper's schedule); 0: constant."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     adam_epsilon: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 1e-2
     max_grad_norm: PositiveFloat = 1.0
-    lora_rank: Annotated[int, Field(ge=0)] = 0
+    lora_rank: Annotated[int, Field(ge=0, le=10**4)] = 0
     """0 trains the whole denoiser; above 0, adapters of this rank that are merged at the end of the iteration."""
     mixed_precision: Literal["no", "bf16"] = "bf16"
     """Compute type of the denoiser, ``bf16`` where the hardware multiplies it natively; weights and errors stay
@@ -171,17 +180,17 @@ class TrainConfig(_Config):
     """Share of pairs trained with the empty prompt, as guidance hears it (Diffusion-DPO uses 0.2)."""
     max_winner_drift: PositiveFloat = 0.1
     """Training stops when the winner's error exceeds the reference's by this share (smoothed over steps)."""
-    validate_every: Annotated[int, Field(ge=0)] = 0
+    validate_every: StepsOrNone = 0
     """Above 0, the player draws and scores the validation prompts every so many steps; the iteration ends with the best
     one so far when ``patience`` scores in a row were no better, at the latest after ``steps``. 0: the paper's fixed
     steps, which its authors chose on validation results by hand."""
-    patience: Positive = 3
+    patience: Steps = 3
     stop_when_converged: bool = True
     """The pipeline plays no further iteration after one with the verdict ``converged`` (see ``spin.instruments``);
     after ``diverged`` it never does."""
-    checkpoint_every: Positive = 50
+    checkpoint_every: Steps = 50
     """Steps between resumable checkpoints."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
     @property
     def needs_losers(self) -> bool:
@@ -264,7 +273,7 @@ class WeightsConfig(_Config):
 class ScoreConfig(_Config):
     """What is measured on held-out prompts, and with which judge."""
 
-    scorers: Annotated[tuple[str, ...], Field(min_length=1)] = ("clip_score",)
+    scorers: Annotated[tuple[str, ...], Field(min_length=1, max_length=100)] = ("clip_score",)
     """Names of scorers (``spin.scorers``); the first is the primary one: it decides wins and picks the best player."""
     weights: dict[str, WeightsConfig] = {}
     """Weights by scorer, where they are not what the scorer loads by itself (which ``pickscore`` alone can)."""
@@ -281,14 +290,14 @@ class ScoreConfig(_Config):
     held-out real images is measured, one image per prompt; empty: it is not."""
     template: str = "{prompt}"
     """Text given to the CLIP scorer; ``{prompt}`` stands for the prompt."""
-    styles: tuple[str, ...] = ()
+    styles: Annotated[tuple[str, ...], Field(max_length=1000)] = ()
     """Styles told apart by the style share, the wanted one first."""
-    max_prompts: Positive = 500
+    max_prompts: Many = 500
     """At most this many held-out prompts of each split (validation, test) are drawn."""
     images_per_prompt: Positive = 5
     """Images per prompt; the best of them is measured too, which is what the paper's tables show of five."""
-    seed: Annotated[int, Field(ge=0)] = 1000
-    bootstrap: Positive = 2000
+    seed: Seed = 1000
+    bootstrap: Annotated[int, Field(gt=0, le=10**5)] = 2000
     """Resamples of the paired bootstrap over prompts."""
     sheet_prompts: Positive = 12
     """Prompts on the contact sheet."""
@@ -297,16 +306,17 @@ class ScoreConfig(_Config):
     @classmethod
     def _names_the_prompt(cls, value: str) -> str:
         if "{prompt}" not in value:
-            raise ValueError(f"expected a template with {{prompt}}, got {value!r}")
+            raise ValueError(f"expected a template with {{prompt}}, got {brief(value)}")
         return value
 
     @model_validator(mode="after")
     def _known_scorers(self) -> Self:
+        known = names()
         for name in (*self.scorers, *self.weights):
-            if name not in (known := names()):
-                raise ValueError(f"expected a scorer, got {name!r}; {nearest(name, known)}")
+            if name not in known:
+                raise ValueError(f"expected a scorer, got {brief(name)}; {nearest(name, known)}")
         if len({*self.scorers}) < len(self.scorers):
-            raise ValueError(f"expected each scorer once, got {', '.join(self.scorers)}")
+            raise ValueError(f"expected each scorer once, got {brief(self.scorers)}")
         if "style_share" in self.scorers and not self.styles:
             raise ValueError("expected score.styles for style_share, got none; name them or leave the scorer out")
         return self
@@ -334,7 +344,7 @@ class RunConfig(_Config):
 
 def nearest(word: str, known: list[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the closest known word, else the list of known words."""
-    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    match = difflib.get_close_matches(word[:200], known, n=1, cutoff=0.5)
     return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(sorted(known))}"
 
 
@@ -348,13 +358,13 @@ def _fields_at(path: tuple[str, ...]) -> list[str]:
 
 def _readable(error: ValidationError) -> str:
     first = error.errors()[0]
-    path = tuple(str(part) for part in first["loc"])
-    where = ".".join(path)
+    path = tuple(part if isinstance(part, str) else brief(part) for part in first["loc"])
+    where = printable(".".join(path)) or "every name"
     if first["type"] == "extra_forbidden":
         return f"expected a known option, got {where!r}; {nearest(path[-1], _fields_at(path[:-1]))}"
     message = first["msg"].removeprefix("Value error, ")
     got = first.get("input")
-    shown = "" if isinstance(got, dict | BaseModel) else f", got {got!r}"
+    shown = "" if isinstance(got, dict | BaseModel) else f", got {brief(got)}"
     if should := re.match(r"(?:Input|Tuple) should (.+?)(?: after validation, .*)?$", message):
         return f"expected {where} to {should[1]}{shown}; change it"
     return f"{where}: {message}{shown}" if where else message
@@ -366,11 +376,39 @@ def merge(base: dict[str, Any], overrides: dict[str, Any], where: str = "") -> d
     for key, value in overrides.items():
         if isinstance(merged.get(key), dict):
             if not isinstance(value, dict):
-                raise SpinError(f"expected a mapping of options under {where}{key}, got {value!r}; nest it")
+                raise SpinError(f"expected a mapping of options under {where}{key}, got {brief(value)}; nest it")
             merged[key] = merge(merged[key], value, f"{where}{key}.")
         else:
             merged[key] = value
     return merged
+
+
+class _Plain(yaml.SafeLoader):
+    """YAML without aliases, which can make gigabytes of a line, and tags, which ask for other types."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        tag = getattr(event, "tag", None)
+        if tag or isinstance(event, yaml.AliasEvent):
+            fault = f"could not determine a constructor for the tag {tag!r}" if tag else "found an alias"
+            raise yaml.composer.ComposerError(None, None, fault, event.start_mark)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
+
+
+def plain_yaml(text: str | bytes) -> Any:
+    """Return the value of a YAML text that a user gave.
+
+    Raises:
+        YAMLError: it is none, or has aliases or tags.
+        ValueError: it is long or deep beyond all use, or holds a number or a date that is none.
+    """
+    if len(text) > MAX_YAML:
+        raise ValueError(f"more than {MAX_YAML} characters")
+    try:
+        return _Plain(text).get_single_data()
+    except RecursionError:
+        raise ValueError("lists or mappings nested too deeply") from None
 
 
 def integral(value: Any) -> Any:
@@ -393,7 +431,9 @@ def override(config: RunConfig, overrides: dict[str, Any]) -> RunConfig:
         SpinError: an unknown key (the nearest right name is offered) or a value outside its range.
     """
     if not isinstance(overrides, dict):
-        raise SpinError(f"expected overrides as a mapping like {{'train': {{'beta': [3000]}}}}, got {overrides!r}")
+        raise SpinError(
+            f"expected overrides as a mapping like {{'train': {{'beta': [3000]}}}}, got {brief(overrides)}; nest them"
+        )
     try:
         merged = merge(config.model_dump(mode="json"), integral(overrides))
         train = merged["train"]
@@ -403,3 +443,5 @@ def override(config: RunConfig, overrides: dict[str, Any]) -> RunConfig:
         return RunConfig.model_validate(merged)
     except ValidationError as error:
         raise SpinError(f"{_readable(error)} (in overrides)") from None
+    except RecursionError:
+        raise SpinError("expected sections of options, got them nested too deeply (in overrides); mend them") from None

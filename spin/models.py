@@ -6,7 +6,7 @@ import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ModelMixin
-from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
-from spin.errors import SpinError
+from spin.errors import SpinError, brief, printable
 from spin.families import Conditioning, Denoiser, Family, family_of, latents_per_step
 from spin.memory import is_full, room_for
 
@@ -29,6 +28,12 @@ HEARD_BYTES = 256 * 2**20
 ENCODED_TOGETHER = 8
 """Prompts per call of the text encoders, always: so what is heard of one, to the last bit, depends on no other."""
 COMPILERS = ("gcc", "clang", "cc")
+MAX_JSON = 2**20
+"""Bytes of a part's config; real ones have a few thousand."""
+MAX_HEADER = 2**22
+"""Bytes of the list of tensors in a safetensors file; the largest models have a few hundred thousand."""
+MAX_LAYERS = 200
+MAX_PER_BLOCK = 20
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 
 
@@ -229,8 +234,8 @@ def hub_index(name: str) -> Path:
 
 def _json_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
-    except ValueError:
+        value = json.loads(path.read_text()) if path.stat().st_size <= MAX_JSON else None
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise SpinError(f"expected a JSON object in {path}, got something else; export the pipeline again")
@@ -278,8 +283,39 @@ def check(folder: Path) -> None:
                 f"expected safetensors weights, got the pickle {part}/{pickled[0]} ({folder}); convert it with "
                 "save_pretrained(safe_serialization=True) and delete it"
             )
-        if not list((folder / part).glob("*.safetensors")):
+        weights = sorted((folder / part).glob("*.safetensors"))
+        if not weights:
             raise SpinError(f"expected *.safetensors in {folder / part}, got none; export the pipeline as safetensors")
+        for path in weights:
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+            if size > MAX_HEADER:
+                raise SpinError(
+                    f"expected a header of at most {MAX_HEADER} bytes in {path}, got one of {size}; fetch it again"
+                )
+        config = folder / part / "config.json"
+        if config.is_file():
+            if (size := config.stat().st_size) > MAX_JSON:
+                raise SpinError(f"expected a config of at most {MAX_JSON} bytes, got {size} ({config}); mend it")
+            # What is no JSON is refused when it is loaded.
+            with suppress(ValueError, RecursionError):
+                _check_layers(json.loads(config.read_text()), folder / part)
+
+
+def _check_layers(config: Any, where: Path, name: str = "") -> None:
+    """Refuse a config that asks for more layers than anyone has: they are made one by one before weights are read."""
+    most = MAX_PER_BLOCK if "per_block" in name or name.endswith("block_types") else MAX_LAYERS
+    if isinstance(config, dict):
+        for key, value in config.items():
+            _check_layers(value, where, key)
+        return
+    layers = "layers" in name or name.endswith("block_types")
+    got = len(config) if isinstance(config, list) else config
+    if layers and isinstance(got, int) and got > most:
+        raise SpinError(f"expected {printable(name)} of at most {most} in {where}, got {brief(got)}; mend the config")
+    if layers and isinstance(config, list):
+        for value in config:
+            _check_layers(value, where, name)
 
 
 def complete(loaded: tuple[Any, dict[str, Any]]) -> Any:
@@ -327,10 +363,11 @@ def load(folder: Path, device: torch.device | None = None) -> Model:
     with room_for("the model", "give the task more memory,"):
         try:
             parts = {name: _part(folder / name, kind) for name, kind in family.parts_of(index).items()}
-        except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
+        except Exception as error:
+            # The libraries answer hostile files with nearly any type of exception.
             if is_full(error):
                 raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = printable(str(error).strip().splitlines()[0]) if str(error).strip() else type(error).__name__
             raise SpinError(
                 f"expected a loadable diffusers pipeline, got {folder} ({reason}); export it again"
             ) from None

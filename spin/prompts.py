@@ -13,14 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spin.data.dataset import Prompt
-from spin.data.sources import MAX_CAPTION
+from spin.data.sources import MAX_CAPTION, sound
 from spin.disk import scratch
 from spin.download import download
-from spin.errors import SpinError
+from spin.errors import SpinError, printable
 from spin.store import Ref, Store
 
 COLUMNS = ("prompt", "text", "caption")
 """Names under which a prompt is looked for, the preferred one first; case does not matter."""
+CATEGORIES = ("category", "style")
+MAX_SIZE = 16 * 2**20
+"""Bytes of a prompt set's file or columns, and characters of its prompts: three thousand are usual, all are drawn."""
 ENDINGS = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
 
@@ -104,8 +107,14 @@ def read(source: str) -> list[Prompt]:
     if not path.is_file():
         raise SpinError(f"expected a file of prompts, got nothing at {source!r} (score.prompts); correct the path")
     try:
-        rows = list(_rows(path))
-    except (OSError, ValueError, csv.Error) as error:
+        if path.suffix.lower() != ".parquet" and path.stat().st_size > MAX_SIZE:
+            raise _too_much(source)
+        rows, size = list[tuple[str, str]](), 0
+        for row in _rows(path):
+            if (size := size + sum(map(len, row))) > MAX_SIZE:
+                raise _too_much(source)
+            rows.append(row)
+    except (OSError, ValueError, csv.Error, RecursionError) as error:
         # pyarrow's errors are ValueErrors, and so are those of JSON and of text that is no UTF-8.
         raise SpinError(
             f"expected readable prompts, got {type(error).__name__} in {source!r} (score.prompts); write it again as "
@@ -123,6 +132,11 @@ def read(source: str) -> list[Prompt]:
             raise SpinError(
                 f"expected a prompt of 1 to {MAX_CAPTION} characters, got {len(prompt)} in row {number + 1} of "
                 f"{source!r} (score.prompts); mend or remove it"
+            )
+        if not sound(prompt + category):
+            raise SpinError(
+                f"expected a prompt without lone surrogates, got one in row {number + 1} of {source!r} "
+                "(score.prompts); mend or remove it"
             )
         id, times = hashlib.sha256(prompt.encode()).hexdigest()[:16], seen[prompt]
         seen[prompt] += 1
@@ -143,7 +157,7 @@ def _rows(path: Path) -> Iterable[tuple[str, str]]:
             options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if ending == ".tsv" else {}
             yield from (_columns(row) for row in csv.DictReader(lines, **options))
     elif ending == ".parquet":
-        yield from (_columns(row) for row in pq.read_table(path).to_pylist())
+        yield from _table(path)
     else:
         text = path.read_text("utf-8-sig")
         # Only a line feed ends a line of JSON: a prompt may hold other signs that Python takes for ends.
@@ -154,6 +168,27 @@ def _rows(path: Path) -> Iterable[tuple[str, str]]:
         yield from ((value, "") if isinstance(value, str) else _columns(value) for value in values)
 
 
+def _table(path: Path) -> Iterable[tuple[str, str]]:
+    with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as table:
+        texts = [field.name for field in table.schema_arrow if str(field.type).endswith("string")]
+        texts = [name for name in texts if name.strip().lower() in (*COLUMNS, *CATEGORIES)]
+        groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
+        chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
+        if sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in texts) > MAX_SIZE:
+            raise _too_much(str(path))
+        if not any(name.strip().lower() in COLUMNS for name in texts):
+            _columns(dict.fromkeys(table.schema_arrow.names))
+        # Rows may share one long text, which is made anew for each.
+        for batch in table.iter_batches(batch_size=16, columns=texts):
+            yield from map(_columns, batch.to_pylist())
+
+
+def _too_much(source: str) -> SpinError:
+    return SpinError(
+        f"expected at most {MAX_SIZE // 2**20} MiB of prompts, got more in {source!r} (score.prompts); choose some"
+    )
+
+
 def _columns(row: Any) -> tuple[str, str]:
     if not isinstance(row, dict):
         raise ValueError("no row with columns")
@@ -161,8 +196,8 @@ def _columns(row: Any) -> tuple[str, str]:
     name = next((name for name in COLUMNS if isinstance(lower.get(name), str)), None)
     if name is None:
         raise SpinError(
-            f"expected a column {' or '.join(map(repr, COLUMNS))} of text, got {', '.join(lower) or 'none'} "
+            f"expected a column {' or '.join(map(repr, COLUMNS))} of text, got {printable(', '.join(lower)) or 'none'} "
             "(score.prompts); rename one"
         )
-    category = lower.get("category") or lower.get("style") or ""
+    category = next((lower[name] for name in CATEGORIES if lower.get(name)), "")
     return lower[name], category if isinstance(category, str) else ""

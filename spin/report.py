@@ -283,7 +283,7 @@ def comparison(run_key: str, base: Index, compared: Index) -> str:
             line["title"] + (" (best on validation)" if line["title"] == facts["best_on_validation"] else ""),
             *(cell(name, line.get(name)) for name in names),
             _share(line, facts["primary"]),
-            _hours(spent.get(line["title"], {})),
+            _hours_beside_sft(spent.get(line["title"], {})),
         ]
         for line in lines
     ]
@@ -313,7 +313,7 @@ def _share(line: Mapping[str, Any], score: str) -> str:
     return f"{100 * line['gain_shares'][score]:+.0f} %" if score in line["gain_shares"] else "-"
 
 
-def _hours(spent: Mapping[str, Any]) -> str:
+def _hours_beside_sft(spent: Mapping[str, Any]) -> str:
     if "hours" not in spent:
         return "-"
     return f"{spent['hours']:.3f}" + (f" ({spent['hours_share']:.2f})" if "hours_share" in spent else "")

@@ -4,6 +4,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+AT_ONCE = 2**20
+"""Prompts drawn at a time."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -23,8 +26,11 @@ def bootstrap(per_prompt: np.ndarray, resamples: int, seed: int = 0, confidence:
     Resampling prompts, not images, keeps several images of one prompt from passing as independent. The same ``seed``
     draws the same prompts for every iteration, so differences between rows are paired.
     """
-    draws = np.random.default_rng(seed).integers(len(per_prompt), size=(resamples, len(per_prompt)))
-    means = per_prompt[draws].mean(axis=1)
+    random, count = np.random.default_rng(seed), len(per_prompt)
+    # Some at a time: all of them, with their values, could take gigabytes.
+    rows = max(1, AT_ONCE // count)
+    shares = (min(rows, resamples - start) for start in range(0, resamples, rows))
+    means = np.concatenate([per_prompt[random.integers(count, size=(share, count))].mean(axis=1) for share in shares])
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Estimate(float(per_prompt.mean()), float(low), float(high))
 

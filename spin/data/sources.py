@@ -8,6 +8,7 @@ inside a row is followed, and sizes are bounded before anything is decoded. A ro
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import tarfile
@@ -22,7 +23,7 @@ from PIL import Image, ImageOps
 from spin import emoji
 from spin.config import DataConfig, nearest
 from spin.emoji import Split
-from spin.errors import SpinError
+from spin.errors import SpinError, printable
 
 CAPTIONS = ("text", "caption", "prompt")
 """Names under which a caption is looked for, the preferred one first."""
@@ -32,8 +33,22 @@ MAX_BYTES = 64 * 2**20
 # Where PIL starts to warn of decompression bombs, so that whatever it warns of is refused.
 MAX_PIXELS = 2**30 // 12
 MAX_CAPTION = 10_000
+MAX_TEXT = 100_000
+"""Bytes of a caption as it is stored, of a line of metadata and of an archive's header: read whole, bounded before."""
+MAX_GROUP = 512 * 2**20
+"""Bytes of a Parquet file's row group, uncompressed: a page, which is read whole, may be all of it."""
+BAND = 2**22
+"""Pixels that are turned into RGB at once."""
 
 _PREFERENCE = ("jpg_0", "jpg_1", "label_0")
+_ORIENTATION = 0x0112
+_FURTHER = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
 _KINDS = "emoji, a folder, a .tar file, a .parquet file or hf:NAME"
 
 
@@ -114,8 +129,7 @@ def cut(data: bytes, resolution: int, min_size: int) -> Image.Image:
             image.verify()
         # verify() checks the checksums that decoding ignores, and leaves the image unusable.
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            # Cropping comes before resizing: a long strip would grow beyond all bounds the other way round.
-            return ImageOps.fit(_rgb(image), (resolution, resolution), Image.Resampling.LANCZOS)
+            return _square(image, resolution)
     except _Refused:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -125,8 +139,31 @@ def cut(data: bytes, resolution: int, min_size: int) -> Image.Image:
         raise _Refused(f"unreadable: {type(error).__name__}") from None
 
 
+def _square(image: Image.Image, side: int) -> Image.Image:
+    """Return the central square of ``image``, upright, on white, RGB with ``side`` pixels a side.
+
+    ``ImageOps.fit`` would take several copies of the whole image. Here a band of rows at a time is made RGB and
+    narrowed to ``side`` columns; but for strips, which PIL shortens first, the pixels are the same.
+    """
+    width, height = image.size
+    shorter = min(width, height)
+    left, top = (width - shorter) / 2, (height - shorter) / 2
+    # Rows beyond the filter's reach have no part: a long strip would grow beyond all bounds.
+    reach = 3 * max(1.0, shorter / side) + 1
+    first, last = max(0, math.floor(top - reach)), min(height, math.ceil(height - top + reach))
+    narrow = Image.new("RGB", (side, last - first))
+    rows = max(1, BAND // width)
+    for start in range(first, last, rows):
+        band = _rgb(image.crop((0, start, width, min(start + rows, last))))
+        columns = (left, 0, left + shorter, band.height)
+        narrow.paste(band.resize((side, band.height), Image.Resampling.LANCZOS, columns), (0, start - first))
+    square = narrow.resize((side, side), Image.Resampling.LANCZOS, (0, top - first, side, top - first + shorter))
+    square.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
+    ImageOps.exif_transpose(square, in_place=True)
+    return square
+
+
 def _rgb(image: Image.Image) -> Image.Image:
-    ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "I;16":
         # convert() would clip 16-bit greys to white instead of scaling them.
         return image.point(lambda value: value * (1 / 256)).convert("L").convert("RGB")
@@ -178,22 +215,38 @@ def _row(candidate: _Candidate, config: DataConfig, seen: set[bytes], pairs: boo
 def _bytes(data: object, what: str) -> bytes:
     if not isinstance(data, bytes) or not data:
         raise _Refused(f"no {what}: expected its bytes in the row")
-    if len(data) > MAX_BYTES:
-        raise _Refused(f"too large: {len(data)} bytes, at most {MAX_BYTES}")
+    _bounded(len(data), caption=False)
     return data
 
 
 def _prompt(caption: object) -> str:
+    if isinstance(caption, str) and len(caption) > MAX_TEXT:
+        raise _Refused(_too_long(len(caption)))
     prompt = " ".join(caption.split()) if isinstance(caption, str) else ""
     if not prompt:
         raise _Refused("no caption")
     if len(prompt) > MAX_CAPTION:
         raise _Refused(f"caption too long: {len(prompt)} characters, at most {MAX_CAPTION}")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise _Refused("unreadable caption: lone surrogates") from None
+    if not sound(prompt):
+        raise _Refused("unreadable caption: lone surrogates")
     return prompt
+
+
+def sound(text: str) -> bool:
+    """Return whether ``text`` can be written as UTF-8: it has no lone surrogates, which JSON can hold."""
+    return not any("\ud800" <= sign <= "\udfff" for sign in text)
+
+
+def _bounded(size: int, caption: bool) -> None:
+    """Refuse what has more bytes than an image, or a caption, may have."""
+    if caption and size > MAX_TEXT:
+        raise _Refused(_too_long(size))
+    if size > MAX_BYTES:
+        raise _Refused(f"too large: {size} bytes, at most {MAX_BYTES}")
+
+
+def _too_long(size: int) -> str:
+    return f"caption too long: {size} bytes, at most {MAX_TEXT}"
 
 
 def _caption_in(record: Mapping[str, Any]) -> str:
@@ -207,11 +260,6 @@ def _decoded(caption: bytes) -> str:
         return caption.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise _Refused("unreadable caption: not UTF-8") from None
-
-
-def _shown(name: str) -> str:
-    """Return ``name`` fit for terminals and reports: control characters and surrogates escaped, length bounded."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in name[:200])
 
 
 def _candidates(config: DataConfig) -> Iterator[_Candidate | Rejection]:
@@ -260,11 +308,10 @@ def _inside(root: Path, name: str) -> Path:
     return path
 
 
-def _contents(root: Path, name: str) -> bytes:
+def _contents(root: Path, name: str, caption: bool = False) -> bytes:
     path = _inside(root, name)
     try:
-        if (size := path.stat().st_size) > MAX_BYTES:
-            raise _Refused(f"too large: {size} bytes, at most {MAX_BYTES}")
+        _bounded(path.stat().st_size, caption)
         return path.read_bytes()
     except OSError as error:
         raise _Refused(f"unreadable: {type(error).__name__}") from None
@@ -274,19 +321,22 @@ def _folder(root: Path) -> Iterator[_Candidate | Rejection]:
     images = _names(root, EXTENSIONS)
     if not images:
         raise SpinError(
-            f"expected images ({', '.join(EXTENSIONS)}) or .parquet files, got none ({_shown(str(root))}); "
+            f"expected images ({', '.join(EXTENSIONS)}) or .parquet files, got none ({printable(str(root))}); "
             f"add them, or name another folder in data.source"
         )
     if not (root / "metadata.jsonl").exists():
         for name in images:
-            yield _Candidate(_shown(name), partial(_with_sidecar, root, name))
+            yield _Candidate(printable(name), partial(_with_sidecar, root, name))
         return
     listed: set[str] = set()
     for number, record in _records(root / "metadata.jsonl"):
+        if isinstance(record, _Refused):
+            yield Rejection(f"metadata.jsonl:{number}", str(record))
+            continue
         file_name = record.get("file_name") if isinstance(record, dict) else None
         if isinstance(file_name, str) and file_name:
             listed.add(str(PurePosixPath(file_name)))
-            candidate = _Candidate(_shown(file_name), partial(_listed, root, file_name, _caption_in(record)))
+            candidate = _Candidate(printable(file_name), partial(_listed, root, file_name, _caption_in(record)))
             loser = record.get("loser")
             if isinstance(loser, str) and loser:
                 listed.add(str(PurePosixPath(loser)))
@@ -296,15 +346,20 @@ def _folder(root: Path) -> Iterator[_Candidate | Rejection]:
             yield Rejection(f"metadata.jsonl:{number}", "unreadable: expected a JSON object with file_name")
     for name in images:
         if name not in listed:
-            yield Rejection(_shown(name), "no caption: not in metadata.jsonl")
+            yield Rejection(printable(name), "no caption: not in metadata.jsonl")
 
 
 def _records(metadata: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (line number, value) of a JSON Lines file, ``None`` as value where a line is not JSON."""
+    """Yield (line number, value) of a JSON Lines file: ``None`` where a line is not JSON, a refusal where too long."""
     try:
         with metadata.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(iter(lambda: lines.readline(MAX_TEXT + 1), b""), 1):
                 if not line.strip():
+                    continue
+                if len(line) > MAX_TEXT:
+                    while line and not line.endswith(b"\n"):
+                        line = lines.readline(MAX_TEXT)
+                    yield number, _Refused(f"too large: a line of more than {MAX_TEXT} bytes")
                     continue
                 try:
                     value = json.loads(line)
@@ -313,7 +368,7 @@ def _records(metadata: Path) -> Iterator[tuple[int, Any]]:
                 yield number, value
     except OSError as error:
         raise SpinError(
-            f"expected a readable metadata.jsonl, got {error.strerror} ({_shown(str(metadata))}); mend or remove it"
+            f"expected a readable metadata.jsonl, got {error.strerror} ({printable(str(metadata))}); mend or remove it"
         ) from None
 
 
@@ -326,7 +381,7 @@ def _with_sidecar(root: Path, name: str) -> tuple[object, object]:
     sidecar = str(PurePosixPath(name).with_suffix(".txt"))
     if not (root / sidecar).exists():
         raise _Refused("no caption: no .txt of the same name")
-    return _decoded(_contents(root, sidecar)), data
+    return _decoded(_contents(root, sidecar, caption=True)), data
 
 
 def _archive(path: Path) -> Iterator[_Candidate | Rejection]:
@@ -341,39 +396,55 @@ def _archive(path: Path) -> Iterator[_Candidate | Rejection]:
             yield from _grouped(key, parts)
             key, parts = this, {}
         if isinstance(content, _Refused):
-            yield Rejection(_shown(name), str(content))
+            yield Rejection(printable(name), str(content))
         elif role in parts:
-            yield Rejection(_shown(name), f"duplicate: second {role} of this key")
+            yield Rejection(printable(name), f"duplicate: second {role} of this key")
             continue
         if role in ("image", "txt", "json"):
             parts[role] = None if isinstance(content, _Refused) else content
     yield from _grouped(key, parts)
 
 
+class _Header(tarfile.TarInfo):
+    """A member's header; those of long names and further facts come before it, and are read whole."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _FURTHER and not 0 <= self.size <= MAX_TEXT:
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        return super()._proc_member(archive)  # type: ignore[misc]
+
+
 def _members(path: Path) -> Iterator[tuple[str, bytes | _Refused]]:
     """Yield (name, content) of the archive's images and captions, and why any other kind of member is refused."""
     try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r|") as archive:
+        size = path.stat().st_size
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r|", tarinfo=_Header) as archive:
             while (member := archive.next()) is not None:
                 # The archive remembers every member, which would grow without bound.
                 archive.members.clear()  # type: ignore[attr-defined]
+                # A stream is read on, block by block, to wherever a header says that it ends.
+                if archive.offset > size:
+                    raise tarfile.ReadError("unexpected end of data")
                 extension = "." + member.name.rpartition("/")[2].partition(".")[2].lower()
                 if member.isdir():
                     continue
                 if not member.isreg():
                     yield member.name, _Refused("not a regular file")
                 elif extension in (*EXTENSIONS, ".txt", ".json"):
-                    if member.size > MAX_BYTES:
-                        yield member.name, _Refused(f"too large: {member.size} bytes, at most {MAX_BYTES}")
-                    elif (content := archive.extractfile(member)) is not None:
-                        yield member.name, content.read()
+                    try:
+                        _bounded(member.size, caption=extension in (".txt", ".json"))
+                    except _Refused as refused:
+                        yield member.name, refused
+                    else:
+                        content = archive.extractfile(member)
+                        yield member.name, content.read() if content else b""
             # At a damaged header the iteration ends as if the archive did.
             file.seek(archive.offset)
             if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise tarfile.ReadError("damaged header")
-    except (tarfile.TarError, OSError, ValueError) as error:
+    except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
         raise SpinError(
-            f"expected an intact, uncompressed tar archive, got {_shown(str(error))} ({_shown(str(path))}); "
+            f"expected an intact, uncompressed tar archive, got {printable(str(error))} ({printable(str(path))}); "
             f"write or fetch it again"
         ) from None
 
@@ -381,7 +452,7 @@ def _members(path: Path) -> Iterator[tuple[str, bytes | _Refused]]:
 def _grouped(key: str, parts: dict[str, bytes | None]) -> Iterator[_Candidate]:
     """Yield the candidate of one key, if it has parts and none of them was refused already."""
     if parts and None not in parts.values():
-        yield _Candidate(_shown(key.removeprefix("/")), partial(_from_parts, parts))
+        yield _Candidate(printable(key.removeprefix("/")), partial(_from_parts, parts))
 
 
 def _from_parts(parts: Mapping[str, bytes | None]) -> tuple[object, object]:
@@ -400,7 +471,7 @@ def _tables(root: Path, names: list[str]) -> Iterator[_Candidate | Rejection]:
         try:
             path = _inside(root, name)
         except _Refused as refused:
-            yield Rejection(_shown(name), str(refused))
+            yield Rejection(printable(name), str(refused))
             continue
         yield from _table(path, name)
 
@@ -413,26 +484,47 @@ def _table(path: Path, name: str) -> Iterator[_Candidate]:
         # Read ahead, a whole row group is held in memory, which can be gigabytes; buffered, a page at a time.
         with parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as table:
             columns = _columns(table.schema_arrow.names, str(path))
+            sizes = (table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups))
+            if (largest := max(sizes, default=0)) > MAX_GROUP:
+                raise SpinError(
+                    f"expected row groups of at most {MAX_GROUP // 2**20} MiB, got {largest // 2**20} MiB "
+                    f"({printable(str(path))}); write the table again with smaller ones"
+                )
             number = 0
-            for batch in table.iter_batches(batch_size=16, columns=columns):
+            # Rows may share one large value, which is made anew for each.
+            for batch in table.iter_batches(batch_size=1, columns=columns):
                 for index in range(batch.num_rows):
                     number += 1
                     sides = (partial(_from_batch, part, batch, index) for part in (_from_record, _loser_in))
-                    yield _Candidate(f"{_shown(name)}:{number}", *sides)
+                    yield _Candidate(f"{printable(name)}:{number}", *sides)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        fault = _shown(str(error))
+        fault = printable(str(error))
         raise SpinError(
-            f"expected an intact Parquet file, got {fault} ({_shown(str(path))}); write or fetch it again"
+            f"expected an intact Parquet file, got {fault} ({printable(str(path))}); write or fetch it again"
         ) from None
 
 
 def _from_batch(part: Callable[[Mapping[str, Any]], Any], batch: Any, index: int) -> Any:
+    names = batch.schema.names
     try:
         return part(
-            {name: column[index].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+            {name: _cell(column[index], name in CAPTIONS) for name, column in zip(names, batch.columns, strict=True)}
         )
     except UnicodeDecodeError:
         raise _Refused("unreadable caption: not UTF-8") from None
+
+
+def _cell(value: Any, caption: bool) -> Any:
+    """Return a cell's bytes, text or number, of a structure ``{"bytes": ...}``; ``None`` for what holds many."""
+    from pyarrow import types
+
+    if types.is_dictionary(value.type):
+        return _cell(value.value, caption)
+    if types.is_struct(value.type):
+        return {"bytes": _cell(value["bytes"], caption)} if value.is_valid and "bytes" in value else None
+    if value.is_valid and hasattr(value, "as_buffer"):
+        _bounded(value.as_buffer().size, caption)
+    return None if types.is_nested(value.type) else value.as_py()
 
 
 def _columns(names: Collection[str], where: str) -> list[str]:
@@ -446,12 +538,12 @@ def _columns(names: Collection[str], where: str) -> list[str]:
     for column in wanted:
         if column not in names:
             raise SpinError(
-                f"expected a column {column!r}, got none ({_shown(where)}); rename one: {_nearest([column], names)}"
+                f"expected a column {column!r}, got none ({printable(where)}); rename one: {_nearest([column], names)}"
             )
     captions = [name for name in CAPTIONS if name in names]
     if not captions:
         raise SpinError(
-            f"expected a column {' or '.join(map(repr, CAPTIONS))}, got none ({_shown(where)}); "
+            f"expected a column {' or '.join(map(repr, CAPTIONS))}, got none ({printable(where)}); "
             f"rename one: {_nearest(CAPTIONS, names)}"
         )
     return [*wanted, *captions, *(name for name in names if name == "loser" and not preference)]
@@ -470,7 +562,7 @@ def _from_record(record: Mapping[str, Any]) -> tuple[object, object]:
         if label == 0.5:
             raise _Refused("tie")
         if label not in (0, 1):
-            raise _Refused(f"no preference: label_0 is {_shown(repr(label))}")
+            raise _Refused(f"no preference: label_0 is {printable(repr(label))}")
         image = record.get("jpg_0" if label == 1 else "jpg_1")
     return _caption_in(record), _embedded(image)
 
@@ -509,7 +601,7 @@ def _hub(source: str, split: str) -> Iterator[_Candidate]:
         raise
     except Exception as error:
         # The loader passes on whatever its network, parsing and hub clients raise.
-        fault = _shown(f"{type(error).__name__}: {error}")
+        fault = printable(f"{type(error).__name__}: {error}")
         raise SpinError(
             f"expected the split {split!r} of a reachable data set, got {fault} ({source}); "
             f"check data.source, data.split and the network"

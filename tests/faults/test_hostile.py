@@ -1,9 +1,15 @@
-"""Whatever the input, the answer is a value, a counted rejection or one line: over a thousand generated cases."""
+"""Whatever the input, the answer is a value, a counted rejection or one line, of cases generated and made by hand."""
 
+import functools
 import io
 import json
 import math
+import os
+import re
+import subprocess
+import sys
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
+from spin import models, prompts
 from spin.config import DataConfig, RunConfig, override
 from spin.data.sources import MAX_CAPTION, Rejection, Row, read
 from spin.errors import SpinError
@@ -25,10 +32,30 @@ from spin.run import RUN_KEY, Index, Run, whole_iteration, whole_shards
 from spin.sampling import batches, shard_batches
 from spin.seeding import seed_of
 from spin.store import Ref, Store, digest_of
+from tests.faults.handmade import CASES
 
-hostile = settings(
+ROOT = Path(__file__).resolve().parents[2]
+GENERATED: Counter[str] = Counter()
+"""Cases that each test has had."""
+bounded = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+
+
+def hostile(test: Any) -> Any:
+    """Give a test of generated cases its settings, and count its cases."""
+    inner = test.hypothesis.inner_test
+    GENERATED[inner.__name__] = 0
+
+    @functools.wraps(inner)
+    def counted(*args: Any, **options: Any) -> None:
+        GENERATED[inner.__name__] += 1
+        inner(*args, **options)
+
+    test.hypothesis.inner_test = counted
+    return bounded(test)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
@@ -45,6 +72,7 @@ TEXTS = st.one_of(
             "\x00\x1b[2J\r\n",
             "a" * (MAX_CAPTION + 1),
             "\N{PILE OF POO}" * 500,
+            "a " * 500_000,
         ]
     ),
 )
@@ -293,6 +321,40 @@ def test_numbers_of_loops(value: float) -> None:
             is_one_line(error)
 
 
+@pytest.mark.parametrize("host", ["169.254.169.254", "[fd00:ec2::254]", "metadata.google.internal"])
+def test_no_data_or_model_is_an_address(host: str) -> None:
+    """That an endpoint may be the metadata service's address, which network policies forbid, the threat model says."""
+    for act in (
+        lambda: list(read(DataConfig(source=f"http://{host}/latest"))),
+        lambda: models.find(f"http://{host}/latest"),
+        lambda: prompts.read(f"http://{host}/latest.txt"),
+    ):
+        with pytest.raises(SpinError) as refused:
+            act()
+        is_one_line(refused.value)
+    assert "metadata address" in (ROOT / "docs/threat-model.md").read_text()
+
+
+MOST_BYTES = 512 * 2**20
+MOST_SECONDS = 10
+
+
+@pytest.mark.timeout(900)
+def test_cases_made_by_hand(tmp_path: Path) -> None:
+    """A picture of 9400 x 9400 pixels has 353 MB decoded; nothing else comes near that."""
+    command = [sys.executable, "-m", "tests.faults.handmade", str(tmp_path)]
+    ended = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=800
+    )
+    found = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert [case["name"] for case in found] == list(CASES), ended.stderr[-2000:]
+    for case in found:
+        assert re.fullmatch(CASES[case["name"]][1], case["answer"]), case
+        assert len(case["answer"]) < 3000, case
+        assert case["bytes"] < MOST_BYTES, case
+        assert case["cpu"] < MOST_SECONDS, case
+
+
 # --- state
 
 
@@ -349,3 +411,13 @@ def test_presets_are_plain_json(name: str) -> None:
     config = preset(name)
     assert RunConfig.model_validate(json.loads(json.dumps(config.model_dump(mode="json")))) == config
     assert np.isfinite(config.train.beta).all()
+
+
+def test_the_cases_are_counted() -> None:
+    """The documents say how many there are."""
+    if not all(GENERATED.values()):
+        pytest.skip("not every test has run in this process")
+    said = re.search(r"(\d+) generated cases and (\d+) made by hand", (ROOT / "docs/reliability.md").read_text())
+    assert said, GENERATED.total()
+    assert 200 <= int(said[1]) <= GENERATED.total(), GENERATED
+    assert int(said[2]) == len(CASES)

@@ -2,11 +2,13 @@
 
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from yaml import YAMLError
 
-from spin.config import RunConfig, TrainConfig, integral, merge, nearest, override
+from spin.config import RunConfig, TrainConfig, integral, merge, nearest, override, plain_yaml
 from spin.errors import SpinError
 from spin.presets import PRESETS, preset, resolve
 
@@ -65,6 +67,59 @@ def test_unknown_options_name_the_nearest(overrides: dict[str, Any], message: st
 def test_values_out_of_range_name_their_place(overrides: dict[str, Any], where: str) -> None:
     message = refusal(overrides)
     assert message.startswith((f"expected {where} to ", f"{where}: ")), message
+
+
+def numbers(schema: dict[str, Any], name: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every number and list in a JSON schema, with the name of its option."""
+    if schema.get("type") in ("integer", "number", "array"):
+        yield name, schema
+    for key, inner in schema.get("properties", {}).items():
+        yield from numbers(inner, key)
+    for inner in schema.get("$defs", {}).values():
+        yield from numbers(inner)
+    for inner in (*schema.get("anyOf", ()), *schema.get("prefixItems", ()), *filter(None, [schema.get("items")])):
+        yield from numbers(inner, name)
+
+
+def test_every_number_and_list_has_an_upper_bound() -> None:
+    found = list(numbers(RunConfig.model_json_schema()))
+    assert len(found) > 40
+    bounds = {"maximum", "exclusiveMaximum", "maxItems"}
+    assert [name for name, schema in found if not bounds & schema.keys()] == []
+
+
+def test_bounds_are_those_of_use() -> None:
+    message = refusal({"score": {"bootstrap": 10**12}})
+    assert message == (
+        "expected score.bootstrap to be less than or equal to 100000, got 1000000000000; change it (in overrides)"
+    )
+    assert refusal({"train": {"seed": int("f" * 5000, 16)}}) == (
+        "expected train.seed to be less than or equal to 9007199254740992, got a value of type int that is too long to "
+        "show; change it (in overrides)"
+    )
+
+
+def test_what_was_got_is_shown_in_one_bounded_line() -> None:
+    message = refusal({"score": {"weights": {"a\nb\x1b[31m": 1}}})
+    assert message.startswith("expected score.weights.a\\nb\\x1b[31m to be ")
+    assert len(refusal({"train": {"link": "x" * 10**6}})) < 500
+    assert len(refusal({"x" * 10**6: 1})) < 500
+
+
+@pytest.mark.parametrize("text", ["a: &a 1\nb: *a", "!!int ''", "!!python/name:os.system", "!x 1"])
+def test_yaml_has_no_aliases_or_tags(text: str) -> None:
+    with pytest.raises(YAMLError, match=r"found an alias|could not determine a constructor for the tag"):
+        plain_yaml(text)
+
+
+def test_yaml_is_short_and_flat() -> None:
+    assert plain_yaml('{train: {beta: [3000, 1.5], "link": hinge}}') == {
+        "train": {"beta": [3000, 1.5], "link": "hinge"}
+    }
+    with pytest.raises(ValueError, match="nested too deeply"):
+        plain_yaml("[" * 3000)
+    with pytest.raises(ValueError, match="more than 100000 characters"):
+        plain_yaml(b" " * 100_001)
 
 
 def test_what_was_got_is_shown() -> None:

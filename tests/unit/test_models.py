@@ -1,6 +1,7 @@
 """Model folders: what diffusers writes is read, what is unfit is named, what is exported diffusers reads."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -164,6 +165,39 @@ def test_files_that_hold_no_json_object(copy: Path, file: str, content: bytes) -
     (copy / file).write_bytes(content)
     assert refusal(lambda: models.load(copy, CPU)) == (
         f"expected a JSON object in {copy / file}, got something else; export the pipeline again"
+    )
+
+
+@pytest.mark.parametrize(
+    ("part", "options", "message"),
+    [
+        ("unet", {"layers_per_block": 10**7}, "layers_per_block of at most 20 in {}/unet, got 10000000"),
+        (
+            "unet",
+            {"transformer_layers_per_block": [[21], 1]},
+            "transformer_layers_per_block of at most 20 in .+, got 21",
+        ),
+        ("vae", {"down_block_types": ["x"] * 21}, "down_block_types of at most 20 in {}/vae, got 21"),
+        ("text_encoder", {"num_hidden_layers": 201}, "num_hidden_layers of at most 200 in .+, got 201"),
+    ],
+)
+def test_more_layers_than_anyone_has(copy: Path, part: str, options: dict[str, Any], message: str) -> None:
+    edit(copy / part / "config.json", lambda config: config.update(options))
+    line = refusal(lambda: models.check(copy))
+    assert re.fullmatch(f"expected {message.format(copy)}; mend the config", line), line
+
+
+def test_a_division_by_zero_in_a_config(copy: Path) -> None:
+    edit(copy / "unet" / "config.json", lambda config: config.update(norm_num_groups=0))
+    assert refusal(lambda: models.load(copy, CPU)) == (
+        f"expected a loadable diffusers pipeline, got {copy} (integer modulo by zero); export it again"
+    )
+
+
+def test_a_header_of_weights_that_is_too_long(copy: Path) -> None:
+    (copy / "unet" / WEIGHTS).write_bytes((2**22 + 1).to_bytes(8, "little"))
+    assert refusal(lambda: models.check(copy)) == (
+        f"expected a header of at most 4194304 bytes in {copy}/unet/{WEIGHTS}, got one of 4194305; fetch it again"
     )
 
 

@@ -62,6 +62,9 @@ def test_seeds_belong_to_the_prompt_not_to_the_file(tmp_path: Path) -> None:
         ("a.parquet", "no table", "expected readable prompts, got ArrowInvalid"),
         ("a.jsonl", '{"prompt": "cat"}\n{"prompt": " "}\n', "got 0 in row 2"),
         ("a.txt", "x" * 10_001, "got 10001 in row 1"),
+        ("a.json", "[" * 10**6, "expected readable prompts, got RecursionError"),
+        ("a.json", '["\\ud800 cat"]', "expected a prompt without lone surrogates, got one in row 1"),
+        ("a.txt", "x\n" * (8 * 2**20 + 1), "expected at most 16 MiB of prompts, got more"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, name: str, content: str | None, message: str) -> None:
@@ -71,6 +74,14 @@ def test_what_is_refused(tmp_path: Path, name: str, content: str | None, message
         read(str(tmp_path / name) if "." in name else name)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_other_columns_of_a_table_are_not_read(tmp_path: Path) -> None:
+    """A data set with its images may be a prompt set."""
+    rows = {"Prompt": TEXTS, "style": ["a", None, "b"], "image": [bytes(6 * 2**20)] * 3, "category": [1, 2, 3]}
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet", use_dictionary=False)
+    found = read(str(tmp_path / "a.parquet"))
+    assert [(row.prompt, row.category) for row in found] == [*zip(TEXTS, ["a", "", "b"], strict=True)]
 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:

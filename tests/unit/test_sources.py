@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from pyarrow import parquet
 
 from spin import emoji
@@ -298,6 +298,53 @@ def test_too_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert [row.prompt for row in rows] == ["small"]
 
 
+def test_a_caption_is_bounded_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long, reason = "ab " * 40_000, "caption too long: 120000 bytes, at most 100000"
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside/a.png").write_bytes(encoded())
+    (tmp_path / "beside/a.txt").write_text(long)
+    tar = archive(tmp_path / "a.tar", [("a.png", encoded()), ("a.txt", long.encode())])
+    path = table(tmp_path / "rows.parquet", image=[encoded()], text=[long])
+    whole = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: b"" if path.suffix == ".txt" else whole(path))
+    assert [both(source)[1] for source in (tmp_path / "beside", tar, path)] == [
+        [("a.png", reason)], [("a.txt", reason)], [("rows.parquet:1", reason)],
+    ]  # fmt: skip
+
+
+def test_a_line_of_metadata_is_bounded(tmp_path: Path) -> None:
+    records = [{"file_name": "a.png", "text": "x", "more": "y" * 100_000}, {"file_name": "a.png", "text": "good"}]
+    folder = listed(tmp_path / "winners", records)
+    (folder / "a.png").write_bytes(encoded())
+    rows, rejections = both(folder)
+    assert rejections == [("metadata.jsonl:1", "too large: a line of more than 100000 bytes")]
+    assert [row.prompt for row in rows] == ["good"]
+
+
+def test_row_groups_are_bounded_by_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MAX_GROUP", 2**20)
+    path = table(tmp_path / "rows.parquet", image=[bytes(2**21)], text=["x"])
+    assert refusal(path) == (
+        f"expected row groups of at most 1 MiB, got 2 MiB ({path}); write the table again with smaller ones"
+    )
+
+
+@pytest.mark.parametrize("kind", [b"x", b"L"])
+def test_chains_and_lengths_of_tar_headers_are_bounded(tmp_path: Path, kind: bytes) -> None:
+    def before(body: bytes) -> bytes:
+        info = tarfile.TarInfo("p")
+        info.type, info.size = kind, len(body)
+        return info.tobuf() + body + bytes(-len(body) % 512)
+
+    for data, fault in (
+        (before(b"6 a=b\n") * 3000, "maximum recursion"),
+        (before(bytes(100_001)), "a header of 100001"),
+    ):
+        (tmp_path / "a.tar").write_bytes(data + bytes(1024))
+        line = refusal(tmp_path / "a.tar")
+        assert line.startswith(f"expected an intact, uncompressed tar archive, got {fault}")
+
+
 def test_duplicates_need_equal_prompt_and_equal_bytes(tmp_path: Path) -> None:
     path = table(
         tmp_path / "rows.parquet",
@@ -333,7 +380,24 @@ def test_a_long_strip_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Image.Image, "resize", recorded)
     assert cut(encoded(size=(8, 400)), 64, 8).size == (64, 64)
-    assert made == [(64, 64)]
+    # Eight rows and the reach of the filter, then the square.
+    assert made == [(64, 16), (64, 64)]
+
+
+@pytest.mark.parametrize("size", [(301, 200), (200, 301), (64, 64), (70, 33), (9, 40), (400, 9)])
+@pytest.mark.parametrize(("mode", "options"), [("RGB", {}), ("RGBA", {}), ("L", {}), ("P", {"transparency": 3})])
+def test_bands_of_rows_make_the_same_pixels(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], mode: str, options: dict[str, int]
+) -> None:
+    monkeypatch.setattr(sources, "BAND", 2000)
+    noise = Image.merge("RGBA", [Image.effect_noise(size, 90) for _ in range(4)])
+    buffer = io.BytesIO()
+    (noise.convert("RGB").quantize(64) if mode == "P" else noise.convert(mode)).save(buffer, "PNG", **options)
+    with Image.open(buffer) as image:
+        drawing = image.convert("RGBA")
+    on_white = Image.alpha_composite(Image.new("RGBA", size, "white"), drawing).convert("RGB")
+    whole = ImageOps.fit(on_white, (48, 48), Image.Resampling.LANCZOS)
+    assert cut(buffer.getvalue(), 48, 8).tobytes() == whole.tobytes()
 
 
 def test_transparency_lies_on_white() -> None:
@@ -357,6 +421,20 @@ def test_orientation_is_applied() -> None:
     sideways.save(buffer, "PNG", exif=exif)
     image = cut(buffer.getvalue(), 16, 8)
     assert (image.getpixel((8, 0)), image.getpixel((8, 15))) == (RED, BLUE)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_applied(orientation: int) -> None:
+    corners = Image.new("RGB", (24, 16), WHITE)
+    corners.paste(RED, (4, 0, 8, 4))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    corners.save(buffer, "PNG", exif=exif)
+    with Image.open(buffer) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    whole = ImageOps.fit(upright, (16, 16), Image.Resampling.LANCZOS)
+    assert cut(buffer.getvalue(), 16, 8).tobytes() == whole.tobytes()
 
 
 def test_first_frame_of_an_animation() -> None:

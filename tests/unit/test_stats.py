@@ -1,5 +1,7 @@
 """Means, win rates and bootstrap intervals."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -35,6 +37,23 @@ def test_same_seed_draws_the_same_prompts_so_rows_are_paired() -> None:
     assert (shifted.low - one.low, shifted.high - one.high) == pytest.approx((2.0, 2.0))
     assert bootstrap(values, 200) == one
     assert bootstrap(values, 200, seed=1) != one
+
+
+def test_drawing_some_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(5).normal(size=37)
+    draws = np.random.default_rng(3).integers(37, size=(1001, 37))
+    whole = np.quantile(values[draws].mean(axis=1), [0.025, 0.975])
+    monkeypatch.setattr("spin.stats.AT_ONCE", 100)
+    found = bootstrap(values, 1001, seed=3)
+    assert [found.low, found.high] == pytest.approx(whole, abs=1e-12)
+
+
+def test_memory_does_not_grow_with_the_resamples() -> None:
+    tracemalloc.start()
+    bootstrap(np.zeros(500), 20_000)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 40 * 2**20
 
 
 def test_seeds_that_disagree_widen_the_interval() -> None:
