@@ -15,6 +15,7 @@ import errno
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -38,6 +39,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from spin.disk import room_in
 from spin.errors import DamagedError, SpinError
 
+logger = logging.getLogger("spin")
 SOON = urllib3.Retry(
     total=4,
     backoff_factor=0.5,
@@ -289,9 +291,13 @@ class Store:
 
         ``known``: the server has answered in this pipeline before, so that its address is no mistake.
         """
-        if known:
-            self._client = self._connect(PATIENT)
         with self._errors():
+            if known:
+                try:
+                    self._client.bucket_exists(self.bucket)
+                except (urllib3.exceptions.HTTPError, ServerError):
+                    logger.warning("S3 at %s does not answer; trying again for a minute or two", self.endpoint)
+                    self._client = self._connect(PATIENT)
             if not self._client.bucket_exists(self.bucket):
                 raise SpinError(
                     f"expected the bucket {self.bucket!r}, got none ({self.endpoint}, {self.uri}); create it, or set "
