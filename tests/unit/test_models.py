@@ -580,7 +580,9 @@ def test_compiling_takes_a_c_compiler(
 ) -> None:
     monkeypatch.setenv("CC", cc)
     monkeypatch.setattr(shutil, "which", lambda name: name if name in found else None)
-    monkeypatch.setattr(models.logger, "propagate", True)
+    # Another test in this process may have given the logger a handler.
+    monkeypatch.setattr(models.logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(models.logger, "propagate", False)
 
     with caplog.at_level("INFO", "spin"):
         assert models.compiles(mode, torch.device(device), items) is expected
