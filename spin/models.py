@@ -27,7 +27,8 @@ HEARD_BYTES = 256 * 2**20
 """What prompts that were encoded may take of the device's memory, to be heard again: 1,100 of SD-1.5's."""
 ENCODED_TOGETHER = 8
 """Prompts per call of the text encoders, always: so what is heard of one, to the last bit, depends on no other."""
-COMPILERS = ("gcc", "clang", "cc")
+COMPILERS = {"cuda": ("CC", "gcc", "clang", "cc"), "cpu": ("CXX", "g++", "clang++", "c++")}
+"""What names the compiler that a compiled network calls, and the programs it may be."""
 MAX_JSON = 2**20
 """Bytes of a part's config; real ones have a few thousand."""
 MAX_HEADER = 2**22
@@ -165,17 +166,18 @@ def compiles(mode: str, device: torch.device, items: int) -> bool:
     """Return whether ``mode`` (``on``, ``off``, ``auto``) compiles for a stage's ``items``, images or pairs.
 
     Raises:
-        SpinError: ``on`` without a C compiler, which torch.compile and Triton call while the program runs.
+        SpinError: ``on`` without a compiler, which Triton, or on a CPU torch itself, calls while the program runs.
     """
     wanted = mode == "on" or (mode == "auto" and device.type == "cuda" and items >= COMPILE_FROM)
-    there = bool(os.environ.get("CC")) or any(map(shutil.which, COMPILERS))
+    variable, *programs = COMPILERS.get(device.type, COMPILERS["cuda"])
+    there = bool(os.environ.get(variable)) or any(map(shutil.which, programs))
     if wanted and not there:
         if mode == "on":
             raise SpinError(
-                f"expected a C compiler for compile: on, got none of {', '.join(COMPILERS)} and no CC; install one, or "
-                "set compile to off"
+                f"expected a compiler for compile: on, got none of {', '.join(programs)} and no {variable}; install "
+                "one, or set compile to off"
             )
-        logger.info("compile: auto goes without, there is no C compiler (%s or CC)", ", ".join(COMPILERS))
+        logger.info("compile: auto goes without, there is no compiler (%s or %s)", ", ".join(programs), variable)
     return wanted and there
 
 

@@ -1,13 +1,15 @@
 """Preflight: before an accelerator is taken, check what can be checked, and say for each fault what to do."""
 
+import json
 import math
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from spin import cluster, tracking
@@ -256,6 +258,7 @@ def _base(name: str, store: Store | None, prepared: bool) -> str:
         return f"{name}: {models.read_index(folder)[0].pipeline.__name__}"
     if store is None:
         raise _Skip("S3 is out of reach")
+    name = name.rstrip("/")
     sizes = store.sizes(name)
     if "model_index.json" not in sizes:
         raise SpinError(f"expected a diffusers pipeline folder with model_index.json, got {name}; check base_model")
@@ -292,6 +295,8 @@ def _sample(store: Store, source: str, sizes: Mapping[str, int], folder: Path) -
     """Fetch what the first rows of data on S3 are read from; None: a large table, whose index is at its end."""
     from spin.data.sources import EXTENSIONS
 
+    source = source.rstrip("/")
+
     def suffix(name: str) -> str:
         return Path(name).suffix.lower()
 
@@ -300,7 +305,10 @@ def _sample(store: Store, source: str, sizes: Mapping[str, int], folder: Path) -
         if ".." in path.parts:
             raise SpinError(f"expected plain file names under {source}, got {name!r}; rename it")
         path.parent.mkdir(parents=True, exist_ok=True)
-        store.begin_of(f"{source}/{name}", MOST_FETCHED, path)
+        if sizes[name]:
+            store.begin_of(f"{source}/{name}", MOST_FETCHED, path)
+        else:  # which has no beginning
+            path.touch()
 
     if set(sizes) == {""}:
         if suffix(source) not in (".tar", ".parquet"):
@@ -315,8 +323,7 @@ def _sample(store: Store, source: str, sizes: Mapping[str, int], folder: Path) -
         fetch("metadata.jsonl")
         lines = (folder / "metadata.jsonl").read_bytes().splitlines(keepends=True)[:ROWS_FETCHED]
         (folder / "metadata.jsonl").write_bytes(b"".join(lines))
-        named = b"".join(lines).decode(errors="replace")
-        for name in [name for name in images if Path(name).name in named][: 2 * ROWS_FETCHED]:
+        for name in [name for name in images if name in set(_named(lines))][: 2 * ROWS_FETCHED]:
             fetch(name)
     elif tables := sorted(name for name in sizes if suffix(name) == ".parquet"):
         if sizes[tables[0]] > MOST_FETCHED:
@@ -328,6 +335,15 @@ def _sample(store: Store, source: str, sizes: Mapping[str, int], folder: Path) -
             if (caption := str(Path(name).with_suffix(".txt"))) in sizes:
                 fetch(caption)
     return folder
+
+
+def _named(lines: Sequence[bytes]) -> Iterator[str]:
+    """Yield the files that lines of metadata.jsonl name."""
+    for line in lines:
+        with suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            names = (record.get("file_name"), record.get("loser")) if isinstance(record, dict) else ()
+            yield from (str(PurePosixPath(name)) for name in names if isinstance(name, str))
 
 
 def _rows(config: RunConfig, what: str, source: str) -> str:
@@ -448,8 +464,8 @@ def _nodes(need: Need, train_nodes: int) -> str:
     found = cluster.fitting(cluster.Cluster().nodes(), need)
     if (room := cluster.room(found, need)) < train_nodes:
         raise SpinError(
-            f"expected room for {train_nodes} training pods, got room for {room} on {len(found)} node(s), e.g. "
-            f"{found[0].name}; lower train_nodes or add nodes"
+            f"expected room for {train_nodes} pods of {need.pool}, got room for {room} on {len(found)} node(s), e.g. "
+            f"{found[0].name}; lower train_nodes, add nodes or change {need.pool}"
         )
     return f"{len(found)} node(s) fit, e.g. {found[0].name}"
 

@@ -109,8 +109,8 @@ class Progress:
         self.parts, self.folders, self.facts = parts, folders, facts
         value = Noted(inputs=self._identity, parts=parts, seconds=round(seconds, 2), facts=facts)
         if self.run.find(self._whole, self._inputs):
-            # Another process has finished the stage, and removed the parts that both began from.
-            discard(self._store, parts)
+            # Another process has finished the stage, and knows nothing of the parts that only this one has made.
+            discard(self._store, [*parts, *self._stale])
             return
         named, known = parts, noted(self.run, self.stage)
         theirs = [part for part in known.parts if part not in self._stale and part not in parts] if known else []

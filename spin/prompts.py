@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spin.data.dataset import Prompt
-from spin.data.sources import MAX_CAPTION, sound
+from spin.data.sources import MAX_CAPTION, group_sizes, sound
 from spin.disk import scratch
 from spin.download import download
 from spin.errors import SpinError, printable
@@ -170,11 +170,11 @@ def _rows(path: Path) -> Iterable[tuple[str, str]]:
 
 def _table(path: Path) -> Iterable[tuple[str, str]]:
     with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as table:
-        texts = [field.name for field in table.schema_arrow if str(field.type).endswith("string")]
+        # Also where the same few words are kept once, as a dictionary of them.
+        kinds = {field.name: getattr(field.type, "value_type", field.type) for field in table.schema_arrow}
+        texts = [name for name, kind in kinds.items() if "string" in str(kind).partition("<")[0]]
         texts = [name for name in texts if name.strip().lower() in (*COLUMNS, *CATEGORIES)]
-        groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
-        chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
-        if sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in texts) > MAX_SIZE:
+        if sum(group_sizes(table, texts)) > MAX_SIZE:
             raise _too_much(str(path))
         if not any(name.strip().lower() in COLUMNS for name in texts):
             _columns(dict.fromkeys(table.schema_arrow.names))

@@ -651,7 +651,7 @@ class Store:
             with self._errors(uri):
                 try:
                     word = fault()
-                except (urllib3.exceptions.ProtocolError, ParseError):
+                except (urllib3.exceptions.ProtocolError, urllib3.exceptions.ReadTimeoutError, ParseError):
                     # An answer came broken, which the client does not ask for again by itself.
                     if pause is None:
                         raise

@@ -478,7 +478,8 @@ class StageLog:
         finally:
             over.set()
             for monitor in monitors:
-                monitor.finish()
+                # It waits for the server too.
+                self._worker.submit(monitor.finish)
 
 
 @contextmanager

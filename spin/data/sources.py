@@ -400,7 +400,8 @@ def _archive(path: Path) -> Iterator[_Candidate | Rejection]:
         elif role in parts:
             yield Rejection(printable(name), f"duplicate: second {role} of this key")
             continue
-        if role in ("image", "txt", "json"):
+        # A long description is not missed where there is a caption.
+        if role in ("image", "txt", "json") and not (role == "json" and isinstance(content, _Refused)):
             parts[role] = None if isinstance(content, _Refused) else content
     yield from _grouped(key, parts)
 
@@ -476,6 +477,15 @@ def _tables(root: Path, names: list[str]) -> Iterator[_Candidate | Rejection]:
         yield from _table(path, name)
 
 
+def group_sizes(table: Any, columns: Collection[str]) -> Iterator[int]:
+    """Yield the bytes, uncompressed, of ``columns`` in each row group of a ``pyarrow.parquet.ParquetFile``."""
+    for group in map(table.metadata.row_group, range(table.num_row_groups)):
+        chunks = map(group.column, range(group.num_columns))
+        yield sum(
+            chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns
+        )
+
+
 def _table(path: Path, name: str) -> Iterator[_Candidate]:
     import pyarrow
     from pyarrow import parquet
@@ -484,8 +494,7 @@ def _table(path: Path, name: str) -> Iterator[_Candidate]:
         # Read ahead, a whole row group is held in memory, which can be gigabytes; buffered, a page at a time.
         with parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as table:
             columns = _columns(table.schema_arrow.names, str(path))
-            sizes = (table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups))
-            if (largest := max(sizes, default=0)) > MAX_GROUP:
+            if (largest := max(group_sizes(table, columns), default=0)) > MAX_GROUP:
                 raise SpinError(
                     f"expected row groups of at most {MAX_GROUP // 2**20} MiB, got {largest // 2**20} MiB "
                     f"({printable(str(path))}); write the table again with smaller ones"

@@ -264,7 +264,7 @@ def test_too_few_nodes_to_train_on(world: World, check: Callable[..., Report]) -
     overrides = tiny.overrides(world.judge, batch_size=24, micro_batch_size=8)
     said = only(check(gpu_count=0, train_nodes=3, overrides=overrides), "nodes")
 
-    assert "expected room for 3 training pods, got room for 2 on 1 node(s), e.g. gpu-1" in said
+    assert "expected room for 3 pods of gpu_pool, got room for 2 on 1 node(s), e.g. gpu-1" in said
 
 
 def test_a_batch_that_the_nodes_cannot_share(check: Callable[..., Report]) -> None:

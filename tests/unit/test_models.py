@@ -564,11 +564,11 @@ def test_sd3_without_its_third_text_encoder_hears_zeros_there(base: Path, family
         ("auto", "cuda", 2048, "", [], False),
         ("auto", "cuda", 2047, "", ["gcc"], False),
         ("auto", "cpu", 2048, "", ["gcc"], False),
-        ("on", "cpu", 1, "", ["cc"], True),
+        ("on", "cpu", 1, "", ["g++"], True),
         ("off", "cuda", 2048, "", [], False),
     ],
 )
-def test_compiling_takes_a_c_compiler(
+def test_compiling_takes_a_compiler(
     mode: str,
     device: str,
     items: int,
@@ -589,15 +589,17 @@ def test_compiling_takes_a_c_compiler(
     # It is said where a compiler is all that is missing.
     missed = (mode, device, items, cc, found) == ("auto", "cuda", 2048, "", [])
     assert [record.message for record in caplog.records] == (
-        ["compile: auto goes without, there is no C compiler (gcc, clang, cc or CC)"] if missed else []
+        ["compile: auto goes without, there is no compiler (gcc, clang, cc or CC)"] if missed else []
     )
 
 
-def test_compile_on_without_a_c_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CC", raising=False)
+def test_compile_on_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    # A processor's networks are C++.
+    monkeypatch.setenv("CC", "gcc")
     monkeypatch.setattr(shutil, "which", {}.get)
 
     with pytest.raises(
-        SpinError, match=r"^expected a C compiler for compile: on, got none of gcc, clang, cc and no CC; "
+        SpinError, match=r"^expected a compiler for compile: on, got none of g\+\+, clang\+\+, c\+\+ and no CXX; "
     ):
         models.compiles("on", torch.device("cpu"), 1)

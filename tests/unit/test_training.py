@@ -3,6 +3,7 @@
 import copy
 import math
 import shutil
+import sysconfig
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -235,7 +236,10 @@ def test_a_compiled_step_is_the_same_step(world: Path, monkeypatch: pytest.Monke
     assert weights(compiled).keys() == weights(plain).keys()
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+@pytest.mark.skipif(
+    not shutil.which("g++") or not Path(sysconfig.get_path("include"), "Python.h").exists(),
+    reason="inductor needs a C++ compiler and Python's headers",
+)
 @pytest.mark.timeout(900)
 def test_what_inductor_compiles_is_the_same_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default backend, in float32: the smallest UNet's prediction and gradients, within rounding."""

@@ -1,6 +1,6 @@
-"""Found first by Python processes whose PYTHONPATH names this folder: stages store a part for every few images.
+"""Found first by Python processes whose PYTHONPATH names this folder: shards of losers store a part for every batch.
 
-As shipped they do so every 120 s and every 256 images, which no run of a minute ever reaches.
+As shipped they do so every 120 s, which no run of a minute ever reaches.
 """
 
 import sys
@@ -12,7 +12,6 @@ from typing import Any
 
 SMALL: dict[str, dict[str, float]] = {
     "spin.stages.generate": {"SECONDS_BETWEEN_PARTS": -1.0},
-    "spin.scoring": {"CHUNK": 4},
 }
 
 
