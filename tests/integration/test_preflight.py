@@ -1,5 +1,7 @@
 """Preflight on real S3 and MLflow servers and an API server over HTTP: one set-up in order, and broken ones."""
 
+import io
+import json
 import shutil
 import socket
 import tarfile
@@ -364,6 +366,16 @@ def test_data_on_s3_is_looked_into(world: World, check: Callable[..., Report], t
 
     assert "GiB: 8 of the first 8 rows are usable" in check(gpu_count=0, data_source="s3://spin/data/images").markdown
     assert "no caption" in only(check(gpu_count=0, data_source="s3://spin/data/bare.tar"), "data")
+    # Names as JSON writes them, an image without a byte, and a slash too many.
+    named = [{"file_name": "café.png", "text": "a"}, {"file_name": "0.png", "text": "b"}]
+    for name, data in (
+        ("metadata.jsonl", "".join(json.dumps(row) + "\n" for row in named).encode()),
+        ("café.png", (world.images / "000.png").read_bytes()),
+        ("0.png", b""),
+        ("café.png.png", b"nobody names it"),
+    ):
+        client.put_object("spin", f"data/named/{name}", io.BytesIO(data), len(data))
+    assert "1 of the first 2 rows are usable" in check(gpu_count=0, data_source="s3://spin/data/named/").markdown
     said = only(check(gpu_count=0, data_source="s3://spin/data/images.zip"), "data")
     assert "expected a folder, a .tar or a .parquet file, got s3://spin/data/images.zip" in said
 

@@ -84,6 +84,14 @@ def test_other_columns_of_a_table_are_not_read(tmp_path: Path) -> None:
     assert [(row.prompt, row.category) for row in found] == [*zip(TEXTS, ["a", "", "b"], strict=True)]
 
 
+def test_a_column_of_few_words_may_be_a_dictionary_of_them(tmp_path: Path) -> None:
+    words = pa.array(TEXTS).dictionary_encode()
+    pq.write_table(pa.table({"prompt": words, "category": words}), tmp_path / "a.parquet")
+    assert [(row.prompt, row.category) for row in read(str(tmp_path / "a.parquet"))] == [
+        *zip(TEXTS, TEXTS, strict=True)
+    ]
+
+
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"caf\xe9\n")
     with pytest.raises(SpinError, match="expected readable prompts, got UnicodeDecodeError"):

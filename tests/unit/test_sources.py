@@ -329,6 +329,16 @@ def test_row_groups_are_bounded_by_what_they_say(tmp_path: Path, monkeypatch: py
     )
 
 
+def test_what_is_not_read_of_a_row_group_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MAX_GROUP", 2**20)
+    assert prompts(table(tmp_path / "rows.parquet", image=[encoded()], text=["x"], mask=[bytes(2**21)])) == ["x"]
+
+
+def test_a_long_description_is_not_missed_beside_a_caption(tmp_path: Path) -> None:
+    members = [("a.png", encoded()), ("a.txt", b"a fox"), ("a.json", b"{" + b" " * 2**17 + b"}")]
+    assert prompts(archive(tmp_path / "rows.tar", members)) == ["a fox"]
+
+
 @pytest.mark.parametrize("kind", [b"x", b"L"])
 def test_chains_and_lengths_of_tar_headers_are_bounded(tmp_path: Path, kind: bytes) -> None:
     def before(body: bytes) -> bytes:
