@@ -400,8 +400,7 @@ def _archive(path: Path) -> Iterator[_Candidate | Rejection]:
         elif role in parts:
             yield Rejection(printable(name), f"duplicate: second {role} of this key")
             continue
-        # A long description is not missed where there is a caption.
-        if role in ("image", "txt", "json") and not (role == "json" and isinstance(content, _Refused)):
+        if role in ("image", "txt", "json"):
             parts[role] = None if isinstance(content, _Refused) else content
     yield from _grouped(key, parts)
 
@@ -451,8 +450,11 @@ def _members(path: Path) -> Iterator[tuple[str, bytes | _Refused]]:
 
 
 def _grouped(key: str, parts: dict[str, bytes | None]) -> Iterator[_Candidate]:
-    """Yield the candidate of one key, if it has parts and none of them was refused already."""
-    if parts and None not in parts.values():
+    """Yield the candidate of one key, if it has parts and none of them was refused already.
+
+    A description that was refused is not missed where there is a caption.
+    """
+    if parts and not any(part is None and not (role == "json" and parts.get("txt")) for role, part in parts.items()):
         yield _Candidate(printable(key.removeprefix("/")), partial(_from_parts, parts))
 
 
