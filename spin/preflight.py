@@ -323,7 +323,8 @@ def _sample(store: Store, source: str, sizes: Mapping[str, int], folder: Path) -
         fetch("metadata.jsonl")
         lines = (folder / "metadata.jsonl").read_bytes().splitlines(keepends=True)[:ROWS_FETCHED]
         (folder / "metadata.jsonl").write_bytes(b"".join(lines))
-        for name in [name for name in images if name in set(_named(lines))][: 2 * ROWS_FETCHED]:
+        named = set(_named(lines))
+        for name in [name for name in images if name in named][: 2 * ROWS_FETCHED]:
             fetch(name)
     elif tables := sorted(name for name in sizes if suffix(name) == ".parquet"):
         if sizes[tables[0]] > MOST_FETCHED:

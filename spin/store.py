@@ -292,13 +292,15 @@ class Store:
         ``known``: the server has answered in this pipeline before, so that its address is no mistake.
         """
         with self._errors():
-            if known:
-                try:
-                    self._client.bucket_exists(self.bucket)
-                except (urllib3.exceptions.HTTPError, ServerError):
-                    logger.warning("S3 at %s does not answer; trying again for a minute or two", self.endpoint)
-                    self._client = self._connect(PATIENT)
-            if not self._client.bucket_exists(self.bucket):
+            try:
+                found = self._client.bucket_exists(self.bucket)
+            except (urllib3.exceptions.HTTPError, ServerError):
+                if not known:
+                    raise
+                logger.warning("S3 at %s does not answer; trying again for a minute or two", self.endpoint)
+                self._client = self._connect(PATIENT)
+                found = self._client.bucket_exists(self.bucket)
+            if not found:
                 raise SpinError(
                     f"expected the bucket {self.bucket!r}, got none ({self.endpoint}, {self.uri}); create it, or set "
                     "store_uri"
