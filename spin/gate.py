@@ -1,19 +1,25 @@
 """Whether a challenger may become champion: a policy, and its judgement of two players' scores on the same images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from spin.config import NonNegativeFloat, Positive, ScoreConfig, integral, nearest
+from spin.config import NonNegativeFloat, Positive, RunConfig, ScoreConfig, integral, nearest
 from spin.emoji import Split
 from spin.errors import SpinError
 from spin.measures import with_average
 from spin.stats import Estimate, bootstrap, wins
 
 RESAMPLES = 2000
+COMPARED = (
+    "data.resolution",
+    *(f"generate.{name}" for name in ("solver", "num_inference_steps", "guidance_scale", "guidance_interval")),
+    *(f"score.{name}" for name in ("seed", "precision", "template", "styles")),
+)
+"""Options that decide on an image, whichever player draws it, or on its scores."""
 Place = tuple[str, int]
 """Prompt id and sample: images of the same place were drawn from the same noise."""
 
@@ -66,8 +72,8 @@ class Finding(BaseModel):
 class Decision(BaseModel):
     """The gate's answer.
 
-    ``incomparable``: the rival was judged on other prompts or by another judge; ``champion``: the challenger holds the
-    place already.
+    ``incomparable``: the rival was drawn or judged otherwise, or on other prompts; ``champion``: the challenger holds
+    the place already.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -101,8 +107,31 @@ def policy(options: dict[str, Any], scoring: ScoreConfig) -> Policy:
     return asked
 
 
+def differences(ours: RunConfig, theirs: RunConfig) -> list[str]:
+    """Return the options by which an image or its scores differ for two runs, whichever player draws it.
+
+    Other options may differ: rows are paired by prompt and seed, and a row's id stands for its content.
+    """
+    one, other = ({name: _value(config, name) for name in COMPARED} for config in (ours, theirs))
+    return [name for name in COMPARED if one[name] != other[name]]
+
+
+def other_weights(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+    """Return the scorers, of those that both runs have, whose weights are others, from their digests."""
+    return [f"judge ({name})" for name in ours if name in theirs and ours[name] != theirs[name]]
+
+
+def _value(config: RunConfig, name: str) -> Any:
+    section, option = name.split(".")
+    return getattr(getattr(config, section), option)
+
+
 def decide(policy: Policy, primary: str, ours: pa.Table, theirs: pa.Table, against: str) -> Decision:
     """Judge a challenger's scores against a rival's, tables with a row per image; ``primary`` decides who wins."""
+    needed = {*policy.better, *policy.not_worse, *([primary] if policy.win_rate else [])}
+    if missing := sorted(needed - {*theirs.column_names}):
+        reason = f"{against} has no scores by {', '.join(missing)}, which the gate asks for"
+        return Decision(outcome="incomparable", against=against, reason=reason)
     mine, rival = (_by_place(table, policy.split) for table in (ours, theirs))
     shared = sorted(mine.keys() & rival.keys())
     images: dict[str, list[Place]] = {}

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -89,9 +90,9 @@ def measure(
     categories = [name for name in pc.unique(table["category"]).to_pylist() if name]
     if 1 < len(categories) <= MOST_CATEGORIES:
         facts["by_category"] = {}
-        for category in categories:
+        for category, plain in zip(categories, _plain(categories), strict=True):
             mine = pc.equal(table["category"], category).to_numpy()
-            facts["by_category"][_plain(category)] = {name: estimate(values[mine]) for name, values in scores.items()}
+            facts["by_category"][plain] = {name: estimate(values[mine]) for name, values in scores.items()}
     return facts
 
 
@@ -122,6 +123,14 @@ def followed(facts: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def _plain(category: str) -> str:
-    """Return ``category`` in signs that MLflow takes in the name of a metric."""
-    return re.sub(r"[^\w -]+", "_", category, flags=re.ASCII)[:60]
+def _plain(categories: Sequence[str]) -> list[str]:
+    """Return ``categories`` in letters of any script and signs that MLflow takes in the name of a metric.
+
+    Those that are the same then are told apart by a number.
+    """
+    found: list[str] = []
+    for category in categories:
+        plain = re.sub(r"[^\w -]+", "_", category)[:60]
+        numbered = (plain if n == 1 else f"{plain} {n}" for n in count(1))
+        found.append(next(name for name in numbered if name not in found))
+    return found

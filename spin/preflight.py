@@ -232,7 +232,7 @@ def _clock(ahead: float) -> str:
 def _mlflow(place: Place) -> str:
     if not place.tracking_uri:
         raise _Skip("tracking_uri is empty: no tracking, no registration")
-    version = tracking.server_version(place.tracking_uri)
+    version, where = tracking.server_version(place.tracking_uri), tracking.without_password(place.tracking_uri)
     parts = version.split(".")
     if (
         len(parts) < 2
@@ -240,8 +240,8 @@ def _mlflow(place: Place) -> str:
         or ((int(parts[0]), int(parts[1])) < OLDEST_MLFLOW)
     ):
         oldest = ".".join(map(str, OLDEST_MLFLOW))
-        raise SpinError(f"expected MLflow {oldest} or newer, got {version} at {place.tracking_uri}; upgrade the server")
-    return f"{version} at {place.tracking_uri}"
+        raise SpinError(f"expected MLflow {oldest} or newer, got {version} at {where}; upgrade the server")
+    return f"{version} at {where}"
 
 
 def _base(name: str, store: Store | None, prepared: bool) -> str:

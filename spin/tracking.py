@@ -104,14 +104,14 @@ def server_version(uri: str) -> str:
         answer = http_request(get_default_host_creds(uri), "/version", "GET", timeout=10, max_retries=0)
         return str(answer.text).strip()
     except MlflowException as error:
-        said = str(error).splitlines()[0][:200]
+        said = _first_line(error)
         if "Invalid Host header" in str(error):
             do = "add the host and port of tracking_uri to the server's MLFLOW_SERVER_ALLOWED_HOSTS"
         elif "401" in said or "403" in said or "authenti" in said.lower():
             do = "put MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD into the secret named by tracking_secret"
         else:
             do = "check tracking_uri, the server and the network"
-        raise SpinError(f"expected an answer from MLflow at {uri}, got {said}; {do}") from None
+        raise SpinError(f"expected an answer from MLflow at {without_password(uri)}, got {said}; {do}") from None
 
 
 def _experiment(client: Any, name: str) -> str:
@@ -524,11 +524,15 @@ class Registry:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError
         from mlflow.exceptions import MlflowException
+        from requests import RequestException
 
         try:
             yield
-        except MlflowException as error:
+        # Uploads of files fail in the words of what carries them: the server's answer, or S3's where it is no proxy.
+        except (MlflowException, RequestException, Boto3Error, BotoCoreError, ClientError) as error:
             raise SpinError(
                 f"expected the MLflow registry at {without_password(self._uri)}, got {_first_line(error)}; check "
                 "tracking_uri and the names, and try again"
@@ -588,7 +592,7 @@ class Registry:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
             experiment = _experiment(self._client, place.experiment)
-            run_id = _find_or_create(self._client, place, experiment, card.stage, {}).info.run_id
+            run_id = self._training(place, experiment, card)
             model = self._client.create_logged_model(
                 experiment, f"{place.run_key}-{card.iteration:03d}", run_id, dict(card.tags), card.params, MODEL_TYPE
             )
@@ -611,6 +615,15 @@ class Registry:
             source, tags = f"models:/{model.model_id}", dict(card.tags)
             made = self._client.create_model_version(name, source, run_id, tags, model_id=model.model_id)
             return _version(made)
+
+    def _training(self, place: Place, experiment: str, card: Card) -> str:
+        """Return the id of the run of a player's training; where training could not make it, it is made, and ended."""
+        parent = _parent(self._client, place, experiment).info.run_id
+        tags = {ITERATION: str(card.iteration), "mlflow.parentRunId": parent}
+        run = _find_or_create(self._client, place, experiment, card.stage, tags)
+        if run.info.status == "RUNNING" and INDEX not in run.data.tags:
+            self._client.set_terminated(run.info.run_id)
+        return str(run.info.run_id)
 
     def point(self, name: str, alias: str, number: str) -> None:
         """Move ``alias`` to a version."""

@@ -27,6 +27,8 @@ BUILT_IN = {
     "image_reward": "spin.scorers.image_reward:load",
     "aesthetic": "spin.scorers.aesthetic:load",
 }
+TAKEN = ("id", "prompt", "category", "split", "sample", "average", "win_rate")
+"""Names of other columns and of what is estimated from scores."""
 AVERAGED = ("hpsv2_0", "aesthetic", "image_reward", "pickscore")
 """Their plain mean is the ``average`` of the SPIN-Diffusion paper's tables, which PickScore's scale dominates."""
 
@@ -75,7 +77,8 @@ def load(name: str, setting: Setting) -> Scorer:
     """Return the scorer ``name``, on its device.
 
     Raises:
-        SpinError: no such scorer, or its weights are not there, not its own or not what their digest says.
+        SpinError: no such scorer, its weights are not there, not its own or not what their digest says, or it goes by
+            another name.
     """
     if name in BUILT_IN:
         found = EntryPoint(name, BUILT_IN[name], GROUP)
@@ -84,6 +87,15 @@ def load(name: str, setting: Setting) -> Scorer:
     else:
         raise SpinError(f"expected one of the scorers {', '.join(names())}, got {name!r}; set score.scorers")
     scorer: Scorer = found.load()(setting)
+    # Its column would be looked for by one name and be found under the other.
+    if scorer.name != name:
+        raise SpinError(
+            f"expected a scorer whose name is {name!r}, as its entry point says, got {scorer.name!r}; mend its package"
+        )
+    if name in TAKEN:
+        raise SpinError(
+            f"expected a scorer by another name than {name!r}, which tables of scores use; mend its package"
+        )
     return scorer
 
 

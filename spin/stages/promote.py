@@ -1,6 +1,7 @@
 """promote and rollback: move the alias ``champion`` by hand or after a passed gate; the registry keeps the list."""
 
 import getpass
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -32,16 +33,22 @@ def promote(tracking_uri: str, model_name: str, reason: str, version: str = "") 
 
 
 def make_champion(registry: Registry, model_name: str, version: Version, reason: str) -> dict[str, Any]:
-    """Point ``champion`` at a version and remember it, with the reason, as the last of the champions."""
+    """Point ``champion`` at a version and remember it, with the reason, as the last of the champions.
+
+    Given again after a failure it goes on from wherever that was.
+    """
     present, champions = registry.aliased(model_name, CHAMPION), registry.champions(model_name)
     before = present.number if present else ""
-    if before and (not champions or champions[-1]["version"] != before):
+    if before not in ("", version.number) and not _last_is(champions, before):
+        # It is listed before it loses the alias: a champion that is on no list could not be returned to.
         champions.append({"version": before, "at": "", "reason": "made champion elsewhere"})
-    if before != version.number:
-        champions.append({"version": version.number, "at": _now(), "reason": reason})
-        # The list comes first: a champion that is on no list could not be returned to.
         registry.set_champions(model_name, champions[-MOST_CHAMPIONS:])
+    # Only who has the alias is listed as its last owner, else a rollback could make one champion that never was.
+    if before != version.number:
         registry.point(model_name, CHAMPION, version.number)
+    if not _last_is(champions, version.number):
+        champions.append({"version": version.number, "at": _now(), "reason": reason})
+        registry.set_champions(model_name, champions[-MOST_CHAMPIONS:])
     registry.tag(model_name, version.number, {"spin.promoted": f"{_now()} {reason}"})
     logger.info("promote: %s version %s is %s (before: %s)", model_name, version.number, CHAMPION, before or "none")
     return {
@@ -74,12 +81,17 @@ def rollback(tracking_uri: str, model_name: str, reason: str) -> dict[str, Any]:
             f"`spin-diffusion promote --version`"
         )
     back = champions[-1]["version"]
-    registry.point(model_name, CHAMPION, back)
-    registry.set_champions(model_name, champions)
+    # The alias comes last: until it moves, the command may be given again and leaves the same version.
     if left:
         registry.tag(model_name, left, {"spin.rolled_back": f"{_now()} {by_hand}"})
+    registry.set_champions(model_name, champions)
+    registry.point(model_name, CHAMPION, back)
     logger.info("rollback: %s version %s is %s again (before: %s)", model_name, back, CHAMPION, left or "none")
     return {"model_name": model_name, "champion": back, "before": left, "reason": by_hand}
+
+
+def _last_is(champions: Sequence[Mapping[str, str]], version: str) -> bool:
+    return bool(champions) and champions[-1]["version"] == version
 
 
 def _reason(reason: str) -> str:

@@ -13,10 +13,10 @@ from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iterati
 from spin.stages import Place, logger
 from spin.stages.promote import CHALLENGER, CHAMPION, make_champion
 from spin.stages.train import played, verdict_of
-from spin.store import canonical, digest_of
+from spin.store import canonical
 from spin.tracking import DIGEST, ITERATION, RUN_KEY, Card, Registry, Version
 
-SCORED, SCORES = "spin.scored", "spin.scores_digest"
+SCORES = "spin.scores_digest"
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,9 @@ def register(place: Place, model_name: str, iterations: int, policy: Mapping[str
     registry = Registry(place.tracking_uri) if place.tracking_uri else None
     known = run.find("register", inputs)
     if known and _still_there(registry, known, best):
+        if registry:
+            # A stage that was run again may have failed in between.
+            registry.close_run(place)
         if known.facts["version"]:
             logger.info("register: %s version %s is %s", model_name, known.facts["version"], known.facts["alias"])
         return known
@@ -160,12 +163,12 @@ def _judge(
         decision = gate.decide(asked, primary, _scores(run, best.scores), _scores(run, base), "the base")
     else:
         against = f"{CHAMPION} version {champion.number}"
-        rival = None
         if challenger and champion.number == challenger.number:
             decision = gate.Decision(outcome="champion", against=against, reason=f"it is {against} already")
-        elif champion.tags.get(SCORED) != _scored(best.scores) or not (rival := _scores_of(run, champion)):
-            reason = f"{against} was scored on other prompts, by another judge or in another store; promote by hand"
-            decision = gate.Decision(outcome="incomparable", against=against, reason=reason)
+        elif not (rival := _scores_of(run, champion)):
+            decision = _incomparable(against, "has no scores in this store")
+        elif otherwise := _otherwise(run, best.scores, champion, rival):
+            decision = _incomparable(against, otherwise)
         else:
             decision = gate.decide(asked, primary, _scores(run, best.scores), _scores(run, rival), against)
     logger.info("register: the gate's outcome is %s (%s)", decision.outcome, decision.reason)
@@ -183,10 +186,19 @@ def _scores_of(run: Run, version: Version) -> Index | None:
     return found if found and found.outputs["scores"].digest == version.tags[SCORES] else None
 
 
-def _scored(scores: Index) -> str:
-    """Return the digest of all that determines scores but the player: prompts, seeds, sampler, judge with weights."""
-    others = {key: value for key, value in scores.inputs.items() if key not in ("player", "earlier")}
-    return digest_of([others, scores.facts.get("weights")])
+def _incomparable(against: str, why: str) -> gate.Decision:
+    return gate.Decision(outcome="incomparable", against=against, reason=f"{against} {why}; promote by hand")
+
+
+def _otherwise(run: Run, ours: Index, champion: Version, theirs: Index) -> str:
+    """Return why a champion's scores cannot stand beside ours; empty: they can."""
+    try:
+        other = Run(run.store, champion.tags[RUN_KEY]).config()
+    except SpinError as error:
+        return f"is of a run that this version cannot read ({error})"
+    weights = [index.facts.get("weights", {}) for index in (ours, theirs)]
+    names = gate.differences(run.config(), other) + gate.other_weights(*weights)
+    return f"was scored with another {', '.join(names)}" if names else ""
 
 
 def _producer(key: str, *stages: Index) -> str:
@@ -219,7 +231,6 @@ def _card(run: Run, config: RunConfig, prepared: Index, candidate: Candidate) ->
         "spin.base_digest": prepared.outputs["base"].digest,
         "spin.opponent_digest": str(made.inputs["opponent"]),
         SCORES: candidate.scores.outputs["scores"].digest,
-        SCORED: _scored(candidate.scores),
         "spin.objective": config.train.objective,
         "spin.verdict": verdict_of(made)[0],
         "spin.store_endpoint": run.store.endpoint,

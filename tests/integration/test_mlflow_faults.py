@@ -246,6 +246,28 @@ def test_every_stage_outlasts_a_server_that_comes_late(
         assert sheets(client, parent) == [0]
 
 
+@pytest.mark.parametrize("status", [403, 413, 507])
+def test_a_model_file_that_is_refused_is_one_line(
+    world: World, proxy: Proxy, played: Played, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    """As a gateway's limit on bodies, or a full disk behind the server, refuses it."""
+    name = f"mlflow-upload-{next(NUMBER)}"
+    world.copy(played.place.run_key, name)
+    world.minio().remove_object(BUCKET, f"{PREFIX}/runs/{name}/register.json")
+    place = world.place(name, proxy.endpoint)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.endpoint)
+
+    def refusal(request: Request, forward: Callable[[], Answer]) -> Answer:
+        return Answer(status, [("Content-Length", "0")], b"") if request.method == "PUT" else forward()
+
+    proxy.fault = refusal
+    with pytest.raises(SpinError) as refused:
+        register(place, name, 2)
+    assert re.fullmatch(rf"expected the MLflow registry at \S+, got {status} .+; .+", str(refused.value))
+    proxy.fault = none
+    assert register(place, name, 2).facts["versions"] == {"1": "1", "2": "2"}
+
+
 @pytest.mark.parametrize("passed", [0, 1, 6, 12])
 def test_a_registration_that_was_refused_is_completed_by_a_rerun(
     world: World, client: MlflowClient, proxy: Proxy, played: Played, passed: int

@@ -20,6 +20,7 @@ from spin import store as store_module
 from spin.__main__ import app
 from spin.errors import SpinError
 from spin.preflight import Check, Report, preflight, refuse, try_scorers_keys
+from spin.stages import Place
 from tests import tiny
 from tests.integration.conftest import Played
 from tests.integration.world import World
@@ -129,6 +130,16 @@ def test_clocks_apart(check: Callable[..., Report], monkeypatch: pytest.MonkeyPa
     said = only(check(gpu_count=0), "S3 clock")
     assert "got +300 s" in said or "got +299 s" in said
     assert "synchronise" in said
+
+
+@pytest.mark.parametrize("version", ["3.9.0", "2.1.0"])
+def test_mlflows_password_is_not_shown(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight_module.tracking, "server_version", lambda _: version)
+    try:
+        said = preflight_module._mlflow(Place("run", "s3://any", "", "http://ann:secret@mlflow:5000"))
+    except SpinError as error:
+        said = str(error)
+    assert f"{version} at http://mlflow:5000" in said
 
 
 def test_no_mlflow(check: Callable[..., Report], monkeypatch: pytest.MonkeyPatch) -> None:

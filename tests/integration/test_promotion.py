@@ -21,6 +21,7 @@ from spin.errors import SpinError
 from spin.run import Index
 from spin.stages.promote import promote, rollback
 from spin.stages.register import register
+from spin.tracking import Registry
 from tests.integration.conftest import Played
 from tests.integration.world import World
 
@@ -90,17 +91,105 @@ def test_a_challenger_is_judged_against_the_champion(registered: Registered) -> 
     assert registered.tags(challenger)["spin.gate"] == "failed"
 
 
-@pytest.mark.parametrize("tag", ["spin.scored", "spin.scores_digest"])
-def test_a_champion_judged_otherwise_or_elsewhere_cannot_be_compared(registered: Registered, tag: str) -> None:
+def rival_of(registered: Registered) -> tuple[str, str]:
+    """Make a player of another run champion; return that run's key and the version."""
     other = f"{registered.name[:50]}-other"
     registered.world.copy("played", other)
     rival = register(registered.world.place(other, registered.uri), registered.name, 2, OPEN).facts["version"]
     promote(registered.uri, registered.name, "of another run", rival)
-    registered.client.set_model_version_tag(registered.name, rival, tag, "0" * 64)
-    index = registered.register(OPEN | {"promote": "automatic"})
-    assert index.facts["gate"]["outcome"] == "incomparable"
-    assert index.facts["gate"]["reason"].endswith("promote by hand")
+    return other, rival
+
+
+def test_a_champion_of_another_store_cannot_be_compared(registered: Registered) -> None:
+    _, rival = rival_of(registered)
+    registered.client.set_model_version_tag(registered.name, rival, "spin.scores_digest", "0" * 64)
+    gate = registered.register(OPEN | {"promote": "automatic"}).facts["gate"]
+    assert gate["outcome"] == "incomparable"
+    assert gate["reason"] == f"champion version {rival} has no scores in this store; promote by hand"
     assert registered.champion() == rival
+
+
+@pytest.mark.parametrize(
+    ("section", "option", "value", "told"),
+    [
+        ("generate", "num_inference_steps", 7, "was scored with another generate.num_inference_steps; promote by hand"),
+        ("train", "learning_rate", 1e-7, ""),
+        ("score", "sheet_prompts", 3, ""),
+        ("score", "max_prompts", 9999, ""),
+        ("train", "optimizer", 1, "is of a run that this version cannot read (expected"),
+    ],
+)
+def test_a_champion_is_compared_unless_it_was_drawn_or_judged_otherwise(
+    registered: Registered, section: str, option: str, value: object, told: str
+) -> None:
+    other, rival = rival_of(registered)
+    store = registered.world.store()
+    document = store.read_json(f"runs/{other}/run.json")
+    document["config"][section][option] = value
+    store.write_json(f"runs/{other}/run.json", document)
+    gate = registered.register(OPEN).facts["gate"]
+    assert gate["against"] == f"champion version {rival}"
+    assert gate["outcome"] == ("incomparable" if told else "passed"), gate
+    if told:
+        assert gate["reason"].startswith(f"champion version {rival} {told}")
+
+
+class Cut(Exception):
+    """The connection, at some call."""
+
+
+@pytest.mark.parametrize("call", range(3))
+def test_a_rollback_that_was_cut_short_is_given_again(
+    registered: Registered, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered.register(OPEN)
+    promote(registered.uri, registered.name, "first", "1")
+    promote(registered.uri, registered.name, "second", "2")
+    with monkeypatch.context() as patch:
+        cut_at(call, patch)
+        with pytest.raises(Cut):
+            rollback(registered.uri, registered.name, "bad")
+    done = rollback(registered.uri, registered.name, "bad")
+    assert (done["champion"], registered.champion()) == ("1", "1")
+    assert "spin.rolled_back" in registered.tags("2")
+    assert "spin.rolled_back" not in registered.tags("1")
+    with pytest.raises(SpinError, match="expected an earlier champion"):
+        rollback(registered.uri, registered.name, "further")
+
+
+@pytest.mark.parametrize("again", [True, False])
+@pytest.mark.parametrize("call", range(3))
+def test_a_promotion_that_was_cut_short_leaves_a_way_back(
+    registered: Registered, call: int, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered.register(OPEN)
+    promote(registered.uri, registered.name, "first", "1")
+    with monkeypatch.context() as patch:
+        cut_at(call, patch)
+        with pytest.raises(Cut):
+            promote(registered.uri, registered.name, "second", "2")
+    if again:
+        promote(registered.uri, registered.name, "second", "2")
+        assert registered.champion() == "2"
+    if registered.champion() == "2":
+        assert rollback(registered.uri, registered.name, "bad")["champion"] == "1"
+    with pytest.raises(SpinError, match="expected an earlier champion"):
+        rollback(registered.uri, registered.name, "further")
+    assert registered.champion() == "1"
+
+
+def cut_at(call: int, patch: pytest.MonkeyPatch) -> None:
+    """Let what changes the registry fail from its ``call``-th time on, counted from 0."""
+    calls = iter(range(100))
+    for name in ("point", "tag", "set_champions"):
+        real = getattr(Registry, name)
+
+        def change(*given: Any, real: Any = real) -> None:
+            if next(calls) >= call:
+                raise Cut
+            real(*given)
+
+        patch.setattr(Registry, name, change)
 
 
 @dataclass

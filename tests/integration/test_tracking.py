@@ -354,7 +354,9 @@ def test_a_password_in_the_address_is_not_logged(
     with pytest.raises(SpinError) as refused:
         tracking.Registry(address).aliased("any", "champion")
     assert "out of reach" in caplog.text
-    assert "secret" not in caplog.text + str(refused.value)
+    with pytest.raises(SpinError, match="expected an answer from MLflow at http://127") as silent:
+        tracking.server_version(address)
+    assert "secret" not in caplog.text + str(refused.value) + str(silent.value)
 
 
 def test_the_verdict_and_its_reason_are_tags(client: MlflowClient, world: World) -> None:
@@ -413,6 +415,31 @@ def test_registering_again_makes_no_second_version(client: MlflowClient, world: 
     challenger = client.get_model_version_by_alias(played.model_name, "challenger")
     assert str(challenger.version) == again.facts["version"]
     world.run("played").finish(played.indexes["register"], instead_of=again)
+
+
+def test_a_training_that_mlflow_missed_has_a_finished_run_below_the_pipelines(
+    client: MlflowClient, world: World, played: Played
+) -> None:
+    world.copy(played.place.run_key, "untold")
+    world.minio().remove_object(BUCKET, f"{PREFIX}/runs/untold/register.json")
+    register(world.place("untold", world.servers.mlflow_uri), "untold", 2)
+    parent = only(client, "untold", "pipeline")
+    for k in (1, 2):
+        run = only(client, "untold", f"iteration-00{k}/train")
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.data.tags["spin.iteration"] == str(k)
+
+
+def test_a_run_that_has_all_its_stages_again_is_finished(client: MlflowClient, world: World, played: Played) -> None:
+    world.copy(played.place.run_key, "failed-later")
+    place = world.place("failed-later", world.servers.mlflow_uri)
+    register(place, "failed-later", 2)
+    with pytest.raises(SystemExit), tracking.stage(place, "iteration-002/train", 2):
+        raise SystemExit(143)
+    assert only(client, "failed-later", "pipeline").info.status == "KILLED"
+    register(place, "failed-later", 2)
+    assert only(client, "failed-later", "pipeline").info.status == "FINISHED"
 
 
 def test_more_iterations_add_versions(world: World, played: Played) -> None:

@@ -6,7 +6,8 @@ import pytest
 
 from spin.config import ScoreConfig
 from spin.errors import SpinError
-from spin.gate import Decision, decide, policy
+from spin.gate import Decision, decide, differences, other_weights, policy
+from spin.presets import preset, resolve
 from spin.stats import bootstrap
 
 SCORING = ScoreConfig(scorers=("clip_score", "aesthetic"))
@@ -104,6 +105,28 @@ def test_too_few_prompts_prove_nothing() -> None:
     decision = judged(scores(prompts=19, clip_score=50.0), scores(clip_score=10.0))
     assert decision.outcome == "incomparable"
     assert decision.reason == "19 test prompts in common with the base, the gate asks for 20 or more"
+
+
+def test_a_rival_without_the_score_cannot_be_compared() -> None:
+    ours = scores(clip_score=11.0, aesthetic=0.9)
+    decision = judged(ours, scores(clip_score=10.0), not_worse={"aesthetic": 0.1})
+    assert decision.outcome == "incomparable"
+    assert decision.reason == "the base has no scores by aesthetic, which the gate asks for"
+    assert judged(ours, scores(clip_score=10.0)).outcome == "passed"
+
+
+def test_what_makes_two_runs_incomparable_is_named() -> None:
+    ours = preset("emoji-cpu")
+    assert differences(ours, ours) == []
+    same = {"train": {"seed": 5}, "generate": {"seed": 3, "batch_size": 7}, "score": {"bootstrap": 7, "max_prompts": 3}}
+    assert differences(ours, resolve("emoji-cpu", "", "", same)) == []
+    other = {"generate": {"guidance_interval": [0, 0.5]}, "score": {"seed": 1, "template": "a {prompt}"}}
+    names = ["generate.guidance_interval", "score.seed", "score.template"]
+    assert differences(ours, resolve("emoji-cpu", "", "", other)) == names
+    assert other_weights({"clip_score": "a", "hpsv2_0": "b"}, {"clip_score": "c", "pickscore": "d"}) == [
+        "judge (clip_score)"
+    ]
+    assert other_weights({"clip_score": "a"}, {"clip_score": "a", "hpsv2_0": "b"}) == []
 
 
 def test_nan_never_passes() -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+from mlflow.utils.validation import validate_param_and_metric_name
 
 from spin.measures import average, estimates, followed, measure, representatives, with_average
 
@@ -58,6 +59,11 @@ def test_categories() -> None:
         "Signs _ Words": 5.5,
     }
     many = [str(i) for i in range(30)]
+    alike = ["动物", "植物", "C++", "C#", "C_ 2", "a" * 61, "a" * 62]
+    found = measure(table([float(i) for i in range(7)], alike), {}, ["clip_score"], 1, 10)["by_category"]
+    names = ["动物", "植物", "C_", "C_ 2", "C_ 2 2", "a" * 60, "a" * 60 + " 2"]
+    assert {name: row["clip_score"]["value"] for name, row in found.items()} == {n: i for i, n in enumerate(names)}
+    assert all(validate_param_and_metric_name(f"test.by_category.{name}.clip_score") for name in names)
     assert "by_category" not in measure(table([1.0] * 30, many), {}, ["clip_score"], 1, 10)
 
 

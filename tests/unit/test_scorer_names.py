@@ -68,13 +68,19 @@ def test_an_outside_package_adds_one(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "class Bright:\n    name = 'bright'\n    def score(self, images, prompts):\n        import torch\n"
         "        return torch.tensor([float(image.getpixel((0, 0))[0]) for image in images])\n"
         "def load(setting):\n    return Bright()\n"
+        "def split(setting):\n    one = Bright()\n    one.name = 'split'\n    return one\n"
     )
     info = tmp_path / "outside-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1\n")
-    (info / "entry_points.txt").write_text(f"[{scorers.GROUP}]\nbright = outside:load\n")
+    entries = "bright = outside:load\nlight = outside:load\nsplit = outside:split\n"
+    (info / "entry_points.txt").write_text(f"[{scorers.GROUP}]\n{entries}")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert "bright" in names()
+    with pytest.raises(SpinError, match=r"^expected a scorer whose name is 'light', as .+, got 'bright'; mend its"):
+        load("light", setting())
+    with pytest.raises(SpinError, match=r"^expected a scorer by another name than 'split'"):
+        load("split", setting())
     found = load("bright", setting(scorers=("clip_score", "bright")))
     assert scored(found, PICTURES, ["a"] * 3).tolist() == [image.getpixel((0, 0))[0] for image in PICTURES]
     sys.modules.pop("outside", None)
