@@ -32,13 +32,14 @@ def play_arms(
     tracking_uri: str,
     tracking_secret: str,
     experiment: str,
-    gpu_count: int,
     train_cpu: str,
     train_memory: str,
+    train_gpus: int,
     train_selector: dict,
     train_tolerations: list,
     draw_cpu: str,
     draw_memory: str,
+    draw_gpus: int,
     draw_selector: dict,
     draw_tolerations: list,
 ):
@@ -57,13 +58,14 @@ def play_arms(
             tracking_uri=tracking_uri,
             tracking_secret=tracking_secret,
             experiment=experiment,
-            gpu_count=gpu_count,
             train_cpu=train_cpu,
             train_memory=train_memory,
+            train_gpus=train_gpus,
             train_selector=train_selector,
             train_tolerations=train_tolerations,
             draw_cpu=draw_cpu,
             draw_memory=draw_memory,
+            draw_gpus=draw_gpus,
             draw_selector=draw_selector,
             draw_tolerations=draw_tolerations,
         )
@@ -87,7 +89,7 @@ def spin_comparison(
     shards: int = 1,
     experiment: str = "spin-diffusion",
     store_uri: str = "s3://spin",
-    store_endpoint: str = "http://seaweedfs.kubeflow:8333",
+    store_endpoint: str = "http://s3.mlflow:9000",
     store_secret: str = "spin-s3",
     score_secret: str = "spin-s3",
     tracking_uri: str = "http://mlflow.mlflow:5000",
@@ -99,8 +101,9 @@ def spin_comparison(
     """Self-play and its rivals on equal terms.
 
     Args:
-        preset: A named full configuration; what the arms do not change is the same for all of them.
-        iterations: Rounds of the arms that are self-play.
+        preset: A named full configuration; what the arms do not change is the same for all of them. emoji-cpu runs
+            without accelerators if gpu_count is 0 and gpu_pool {}.
+        iterations: Rounds of the arms that are self-play; 3 in the paper (sd15-paper).
         arms: Overrides by the arm's name, of train and of how losers are drawn, e.g. {"sft": {"train": {"objective":
             "sft"}}, "spin-2000": {"train": {"beta": [2000]}}}. Empty: SFT, SFT with LoRA, Diffusion-DPO (on the
             data's pairs where it was prepared with them, else on pairs that the judge ranks), and SPIN. A rival of
@@ -116,16 +119,19 @@ def spin_comparison(
             no further pod.
         experiment: MLflow experiment.
         store_uri: Bucket and prefix of the run's objects, s3://bucket/prefix.
-        store_endpoint: Address of the S3 server, e.g. MinIO or SeaweedFS.
-        store_secret: Kubernetes secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
-        score_secret: The same for tasks that score; theirs need not be able to write models.
+        store_endpoint: Address of the S3 server, e.g. MinIO or SeaweedFS; the default is that of the manifests' own.
+        store_secret: Kubernetes secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and AWS_DEFAULT_REGION if it
+            is not us-east-1.
+        score_secret: Kubernetes secret that tasks that score have in store_secret's place; its keys need not be able
+            to write models.
         tracking_uri: Address of the MLflow server. Empty: no tracking.
         tracking_secret: Kubernetes secret with MLFLOW_TRACKING_USERNAME and _PASSWORD; may be absent.
-        gpu_count: Accelerators (nvidia.com/gpu) per generating, training and scoring pod; 0 runs on the CPU.
+        gpu_count: Accelerators (nvidia.com/gpu) of each pod that trains; pods that prepare data, sample or score take
+            one, however many these are. 0 runs everything on the CPU.
         gpu_pool: Nodes to use, {"node_selector": {LABEL: VALUE}, "tolerations": [...]}; the default asks for A100s with
             80 GB.
-        draw_pool: The same for pods that sample and score, which may be on spot nodes: they go on where they were.
-            Empty: those of gpu_pool.
+        draw_pool: Nodes for pods that sample and score, written as gpu_pool is; spot nodes will do, for these pods go
+            on where they were. Empty: those of gpu_pool.
     """
     where = {
         "store_uri": store_uri,

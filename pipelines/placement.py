@@ -44,16 +44,16 @@ def _hand_over(task: dsl.PipelineTask, *settings: Any) -> None:
     task.register_pipeline_channels([setting for setting in settings if not isinstance(setting, str)])
 
 
-def of_work(pool: dict[str, Any], *works: str) -> dict[str, Any]:
-    """Return the part of a pool that is for ``train``, for ``draw`` (preparing, sampling, scoring), or for both."""
-    return {name: value for name, value in pool.items() if name.partition("_")[0] in ("gpu", *works)}
+def of_work(pool: dict[str, Any], work: str) -> dict[str, Any]:
+    """Return the part of a pool that is for ``train``, or for ``draw`` (preparing, sampling, scoring)."""
+    return {name: value for name, value in pool.items() if name.startswith(f"{work}_")}
 
 
 def place_on_gpu(task: dsl.PipelineTask, work: str, pool: dict[str, Any]) -> dsl.PipelineTask:
     """Give a task what its ``work`` takes, ``train`` or ``draw``, on a pool of nodes; all of it pipeline parameters."""
     place_on_cpu(task, pool[f"{work}_cpu"], pool[f"{work}_memory"])
-    task.set_accelerator_type(ACCELERATOR).set_accelerator_limit(pool["gpu_count"])
-    _hand_over(task, pool["gpu_count"])
+    task.set_accelerator_type(ACCELERATOR).set_accelerator_limit(pool[f"{work}_gpus"])
+    _hand_over(task, pool[f"{work}_gpus"])
     kubernetes.add_node_selector_json(task, pool[f"{work}_selector"])
     kubernetes.add_toleration_json(task, pool[f"{work}_tolerations"])
     # PyTorch's workers exchange tensors here; the default of 64 MiB ends in bus errors.

@@ -31,9 +31,9 @@ def score_in_shards(
     tracking_uri: str,
     tracking_secret: str,
     experiment: str,
-    gpu_count: int,
     draw_cpu: str,
     draw_memory: str,
+    draw_gpus: int,
     draw_selector: dict,
     draw_tolerations: list,
 ):
@@ -42,9 +42,9 @@ def score_in_shards(
     A pipeline of its own: a task can wait for one, but not for a condition.
     """
     pool = {
-        "gpu_count": gpu_count,
         "draw_cpu": draw_cpu,
         "draw_memory": draw_memory,
+        "draw_gpus": draw_gpus,
         "draw_selector": draw_selector,
         "draw_tolerations": draw_tolerations,
     }
@@ -57,7 +57,7 @@ def score_in_shards(
                 iteration=iteration,
                 shard=shard,
                 shards=shards,
-                accelerators=gpu_count,
+                accelerators=draw_gpus,
                 store_uri=store_uri,
                 store_endpoint=store_endpoint,
                 tracking_uri=tracking_uri,
@@ -78,9 +78,9 @@ def score(
     tracking_uri: str,
     tracking_secret: str,
     experiment: str,
-    gpu_count: int,
     draw_cpu: str,
     draw_memory: str,
+    draw_gpus: int,
     draw_selector: dict,
     draw_tolerations: list,
 ):
@@ -90,9 +90,9 @@ def score(
     the same names in both.
     """
     pool = {
-        "gpu_count": gpu_count,
         "draw_cpu": draw_cpu,
         "draw_memory": draw_memory,
+        "draw_gpus": draw_gpus,
         "draw_selector": draw_selector,
         "draw_tolerations": draw_tolerations,
     }
@@ -106,7 +106,7 @@ def score(
         "experiment": experiment,
     }
     drawn = score_in_shards(score_secret=score_secret, tracking_secret=tracking_secret, **asked, **pool)
-    scored = score_metrics(accelerators=gpu_count, **asked).after(drawn).set_display_name("Gather scores")
+    scored = score_metrics(accelerators=draw_gpus, **asked).after(drawn).set_display_name("Score metrics")
     with_secrets(with_retries(place_on_gpu(scored, "draw", pool)), score_secret, tracking_secret)
 
 
@@ -137,9 +137,9 @@ def prepare_and_score_base(
     passed = require_preflight(faults=checked.outputs["faults"], **store).set_display_name("Require preflight")
     with_store(place_on_cpu(passed, cpu="100m", memory="1Gi"), score_secret)
 
-    places = [f"{work}_{what}" for work in WORKS for what in ("cpu", "memory", "selector", "tolerations")]
-    pool = {"gpu_count": nodes["gpu_count"]} | {name: checked.outputs[name] for name in places}
-    prepared = prepare_data(job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER, **options, **where)
+    asked = ("cpu", "memory", "gpus", "selector", "tolerations")
+    pool = {name: checked.outputs[name] for name in (f"{work}_{what}" for work in WORKS for what in asked)}
+    prepared = prepare_data(job_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER, accelerators=pool["draw_gpus"], **options, **where)
     prepared.after(passed).set_display_name("Prepare data")
     # Not on the nodes for sampling, which may go at any time: it has no retries.
     prepared_on = pool | {f"draw_{what}": pool[f"train_{what}"] for what in ("selector", "tolerations")}
@@ -170,9 +170,9 @@ def train_player(
     tracking_uri: str,
     tracking_secret: str,
     experiment: str,
-    gpu_count: int,
     train_cpu: str,
     train_memory: str,
+    train_gpus: int,
     train_selector: dict,
     train_tolerations: list,
 ):
@@ -184,15 +184,15 @@ def train_player(
         "experiment": experiment,
         "run_key": run_key,
         "iteration": iteration,
-        "accelerators": gpu_count,
+        "accelerators": train_gpus,
         "shards": shards,
         "losers": losers,
     }
 
     pool = {
-        "gpu_count": gpu_count,
         "train_cpu": train_cpu,
         "train_memory": train_memory,
+        "train_gpus": train_gpus,
         "train_selector": train_selector,
         "train_tolerations": train_tolerations,
     }
@@ -220,13 +220,14 @@ def spin_iteration(
     tracking_uri: str,
     tracking_secret: str,
     experiment: str,
-    gpu_count: int,
     train_cpu: str,
     train_memory: str,
+    train_gpus: int,
     train_selector: dict,
     train_tolerations: list,
     draw_cpu: str,
     draw_memory: str,
+    draw_gpus: int,
     draw_selector: dict,
     draw_tolerations: list,
 ):
@@ -240,20 +241,21 @@ def spin_iteration(
         "iteration": iteration,
     }
     pool = {
-        "gpu_count": gpu_count,
         "train_cpu": train_cpu,
         "train_memory": train_memory,
+        "train_gpus": train_gpus,
         "train_selector": train_selector,
         "train_tolerations": train_tolerations,
         "draw_cpu": draw_cpu,
         "draw_memory": draw_memory,
+        "draw_gpus": draw_gpus,
         "draw_selector": draw_selector,
         "draw_tolerations": draw_tolerations,
     }
 
     numbers = place_on_cpu(plan(count=shards, first=0), cpu="100m", memory="256Mi").set_display_name("Plan shards")
     with dsl.ParallelFor(numbers.output, name="shards") as shard:
-        drawn = generate_synthetic(shard=shard, shards=shards, accelerators=gpu_count, **where)
+        drawn = generate_synthetic(shard=shard, shards=shards, accelerators=draw_gpus, **where)
         with_secrets(with_retries(place_on_gpu(drawn, "draw", pool)), store_secret, tracking_secret)
         drawn.set_display_name("Generate losers")
     trained = train_player(
@@ -288,13 +290,14 @@ def self_play(
     tracking_uri: str,
     tracking_secret: str,
     experiment: str,
-    gpu_count: int,
     train_cpu: str,
     train_memory: str,
+    train_gpus: int,
     train_selector: dict,
     train_tolerations: list,
     draw_cpu: str,
     draw_memory: str,
+    draw_gpus: int,
     draw_selector: dict,
     draw_tolerations: list,
 ):
@@ -311,13 +314,14 @@ def self_play(
         "experiment": experiment,
     }
     pool = {
-        "gpu_count": gpu_count,
         "train_cpu": train_cpu,
         "train_memory": train_memory,
+        "train_gpus": train_gpus,
         "train_selector": train_selector,
         "train_tolerations": train_tolerations,
         "draw_cpu": draw_cpu,
         "draw_memory": draw_memory,
+        "draw_gpus": draw_gpus,
         "draw_selector": draw_selector,
         "draw_tolerations": draw_tolerations,
     }

@@ -40,7 +40,7 @@ def spin_diffusion(
     gate: dict = {},  # noqa: B006
     experiment: str = "spin-diffusion",
     store_uri: str = "s3://spin",
-    store_endpoint: str = "http://seaweedfs.kubeflow:8333",
+    store_endpoint: str = "http://s3.mlflow:9000",
     store_secret: str = "spin-s3",
     score_secret: str = "spin-s3",
     tracking_uri: str = "http://mlflow.mlflow:5000",
@@ -53,10 +53,10 @@ def spin_diffusion(
     """Self-play fine-tuning of a text-to-image diffusion model.
 
     Args:
-        preset: A named full configuration. emoji-cpu runs in minutes without a GPU (set gpu_count 0 and gpu_pool
-            {}); sd15-paper is the paper's SD-1.5 run; sd15-lora fits one GPU.
-        iterations: Rounds of self-play, at least 1; play ends sooner once a round no longer improves the player. The
-            same run_key with a higher number goes on where it ended.
+        preset: A named full configuration. emoji-cpu runs in minutes without accelerators (set gpu_count 0 and
+            gpu_pool {}); sd15-paper is the paper's SD-1.5 run (set iterations 3); sd15-lora fits one GPU.
+        iterations: Rounds of self-play, at least 1, and 3 in the paper (sd15-paper); play ends sooner once a round no
+            longer improves the player. The same run_key with a higher number goes on where it ended.
         run_key: Name of the run in the store. Empty: a new run. The name of an earlier run resumes it.
         base_model: Diffusers folder (on a disk or s3://) or hub name to start from. Empty: the preset's.
         data_source: Real images with captions: a folder, .tar or .parquet (on a disk or s3://), or hf:NAME. Empty: the
@@ -68,16 +68,19 @@ def spin_diffusion(
             Empty: it must surely be better than the champion (or the base), and is then recommended.
         experiment: MLflow experiment.
         store_uri: Bucket and prefix of the run's objects, s3://bucket/prefix.
-        store_endpoint: Address of the S3 server, e.g. MinIO or SeaweedFS.
-        store_secret: Kubernetes secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
-        score_secret: The same for tasks that score; theirs need not be able to write models.
+        store_endpoint: Address of the S3 server, e.g. MinIO or SeaweedFS; the default is that of the manifests' own.
+        store_secret: Kubernetes secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and AWS_DEFAULT_REGION if it
+            is not us-east-1.
+        score_secret: Kubernetes secret that tasks that score have in store_secret's place; its keys need not be able
+            to write models.
         tracking_uri: Address of the MLflow server. Empty: no tracking and no registration.
         tracking_secret: Kubernetes secret with MLFLOW_TRACKING_USERNAME and _PASSWORD; may be absent.
-        gpu_count: Accelerators (nvidia.com/gpu) per generating, training and scoring pod; 0 runs on the CPU.
+        gpu_count: Accelerators (nvidia.com/gpu) of each pod that trains; pods that prepare data, sample or score take
+            one, however many these are. 0 runs everything on the CPU.
         gpu_pool: Nodes to use, {"node_selector": {LABEL: VALUE}, "tolerations": [...]}; the default asks for A100s with
             80 GB.
-        draw_pool: The same for pods that sample and score, which may be on spot nodes: they go on where they were.
-            Empty: those of gpu_pool.
+        draw_pool: Nodes for pods that sample and score, written as gpu_pool is; spot nodes will do, for these pods go
+            on where they were. Empty: those of gpu_pool.
         train_nodes: Nodes that train a player together, each with gpu_count accelerators; above 1 they are a TrainJob
             of Kubeflow Trainer, which must be installed.
     """

@@ -56,6 +56,7 @@ class Site:
 
     cpu: str = "0"
     memory: str = "0"
+    gpus: int = 0
     selector: Mapping[str, str] = field(default_factory=dict)
     tolerations: Sequence[Mapping[str, str]] = ()
 
@@ -134,6 +135,7 @@ def preflight(
     """Return what is in order and what is not; nothing is left behind, in the store or elsewhere.
 
     Args:
+        gpu_count: Accelerators of each pod or node that trains; one that samples or scores takes one of them at most.
         gpu_pool, draw_pool: Nodes for pods that train, and for those that sample or score; see ``cluster.pool_of``.
         gate: Options of the gate that register-model judges by.
         train_nodes: Nodes that train a player together.
@@ -162,9 +164,10 @@ def preflight(
         train_pool = cluster.pool_of(gpu_pool or {}, "gpu_pool")
         config = resolve(preset, base_model, data_source, overrides or {})
         asked = room(config)
-        train = Site(asked["train"].cpu, asked["train"].memory, *train_pool)
+        train = Site(asked["train"].cpu, asked["train"].memory, int(gpu_count), *train_pool)
         own = cluster.pool_of(draw_pool, "draw_pool") if draw_pool else train_pool
-        draw = Site(asked["draw"].cpu, asked["draw"].memory, *own)
+        # Training alone spreads over several accelerators of a pod.
+        draw = Site(asked["draw"].cpu, asked["draw"].memory, min(int(gpu_count), 1), *own)
         policy(dict(gate or {}), config.score)
         if train_nodes < 1:
             raise SpinError(f"expected at least 1 node to train on, got {train_nodes}; set train_nodes")
@@ -198,10 +201,10 @@ def preflight(
             scratch = _scratch_bytes(plan, store)
         except Exception:
             scratch = 0  # the check of the base model says what is wrong with it
-        need = _need(train, int(gpu_count), scratch, "gpu_pool")
+        need = _need(train, scratch, "gpu_pool")
         check("nodes", lambda: _nodes(need, int(train_nodes)))
         if draw_pool:
-            check("nodes to sample on", lambda: _nodes(_need(draw, int(gpu_count), scratch, "draw_pool"), 1))
+            check("nodes to sample on", lambda: _nodes(_need(draw, scratch, "draw_pool"), 1))
         check("quota", lambda: _quota(need, int(train_nodes)))
         if train_nodes > 1:
             check("Kubeflow Trainer", _trainer)
@@ -451,11 +454,11 @@ def _architecture() -> str:
     return {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
 
 
-def _need(site: Site, gpu_count: int, scratch: int, pool: str) -> Need:
+def _need(site: Site, scratch: int, pool: str) -> Need:
     amounts = {"cpu": cluster.number(site.cpu), "memory": cluster.number(site.memory)}
     amounts["ephemeral-storage"] = float(scratch)
-    if gpu_count:
-        amounts[ACCELERATOR] = float(gpu_count)
+    if site.gpus:
+        amounts[ACCELERATOR] = float(site.gpus)
     return Need(amounts, site.selector, site.tolerations, _architecture(), pool)
 
 

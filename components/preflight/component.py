@@ -30,10 +30,12 @@ def preflight(
         ("faults", str),
         ("train_cpu", str),
         ("train_memory", str),
+        ("train_gpus", int),
         ("train_selector", dict),
         ("train_tolerations", list),
         ("draw_cpu", str),
         ("draw_memory", str),
+        ("draw_gpus", int),
         ("draw_selector", dict),
         ("draw_tolerations", list),
     ],
@@ -49,7 +51,7 @@ def preflight(
         data_source: Folder, .tar or .parquet (also s3://), or hf:NAME; empty: the preset's.
         overrides: Nested options laid over the preset.
         iterations: Number of self-play iterations.
-        gpu_count: Accelerators per pod.
+        gpu_count: Accelerators of each pod or node that trains; one that prepares, samples or scores takes one at most.
         gpu_pool: Nodes to use.
         draw_pool: Nodes for pods that sample and score; empty: those of gpu_pool.
         store_uri: s3://bucket/prefix of runs and objects.
@@ -70,5 +72,7 @@ def preflight(
     report = preflight(place, *options, *pool, gate=gate, train_nodes=train_nodes)
     print(report.markdown)
     Path(table.path).write_text(report.markdown)
-    places = [[at.cpu, at.memory, dict(at.selector), list(at.tolerations)] for at in (report.train, report.draw)]
+    places = [
+        [at.cpu, at.memory, at.gpus, dict(at.selector), list(at.tolerations)] for at in (report.train, report.draw)
+    ]
     return (report.faults, *places[0], *places[1])

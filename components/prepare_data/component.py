@@ -14,6 +14,7 @@ def prepare_data(
     base_model: str,
     data_source: str,
     overrides: dict,
+    accelerators: int,
     store_uri: str,
     store_endpoint: str,
     tracking_uri: str,
@@ -32,6 +33,7 @@ def prepare_data(
         base_model: Diffusers folder (also s3://) or hub name; empty: the preset's.
         data_source: Folder, .tar or .parquet (also s3://), or hf:NAME; empty: the preset's.
         overrides: Nested options laid over the preset, e.g. {"train": {"beta": [3000]}}.
+        accelerators: Accelerators that this task was given; it refuses to start with fewer.
         store_uri: s3://bucket/prefix of runs and objects.
         store_endpoint: Address of the S3 server.
         tracking_uri: Address of the MLflow server.
@@ -47,7 +49,7 @@ def prepare_data(
     from spin.stages.prepare import prepare
 
     os.environ["KFP_RUN_ID"] = job_id
-    place = Place(run_key or f"run-{job_id}", store_uri, store_endpoint, tracking_uri, experiment)
+    place = Place(run_key or f"run-{job_id}", store_uri, store_endpoint, tracking_uri, experiment, accelerators)
     index = prepare(place, preset, base_model, data_source, overrides, iterations)
     for artifact, name in ((dataset, "dataset"), (base, "base")):
         artifact.metadata.update(index.outputs[name].model_dump())

@@ -244,6 +244,20 @@ def test_no_node_to_sample_on(check: Callable[..., Report]) -> None:
     assert "change draw_pool or gpu_count" in said
 
 
+@pytest.mark.usefixtures("cluster")
+def test_a_pod_that_samples_takes_one_accelerator(
+    world: World, check: Callable[..., Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spot = {"cloud.google.com/gke-spot": "true"}
+    overrides = tiny.overrides(world.judge, micro_batch_size=2)
+    with api_server(tmp_path, [GPU_NODE, node("spot-1", spot, gpus=1)]) as kubeconfig:
+        monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
+        report = check(gpu_count=2, overrides=overrides, draw_pool={"node_selector": spot})
+
+    assert failed(report) == {}, report.markdown
+    assert "| nodes to sample on | ✓ ok | 1 node(s) fit, e.g. spot-1 |" in report.markdown
+
+
 def test_the_demo_needs_no_large_node(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = node("small", cpu="4", memory="7Gi")
     with api_server(tmp_path, [small]) as kubeconfig:

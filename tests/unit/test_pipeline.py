@@ -26,7 +26,7 @@ from google.rpc import status_pb2
 from kfp import compiler, components
 from kfp.pipeline_spec import pipeline_spec_pb2
 
-from pipelines.compiled import compile_pipeline, number_by_place
+from pipelines.compiled import compile_pipeline, number_by_place, parameters_of
 from pipelines.spin import CHOICES, spin_diffusion
 from spin.errors import SpinError
 from spin.presets import PRESETS
@@ -143,13 +143,32 @@ def test_an_unwritable_output_is_one_line(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_the_form(parameters: dict[str, Spec]) -> None:
+@pytest.mark.parametrize("file", GOLDEN.values())
+def test_the_form(file: str) -> None:
+    parameters = parameters_of(ROOT / file)
     assert len(parameters) <= 20
     for name, parameter in parameters.items():
         assert parameter.get("description", "").strip(), name
         assert "defaultValue" in parameter, name
+        # The UI lists parameters by name: none may lean on the one that is written before it.
+        assert not parameter["description"].startswith("The same"), name
     assert parameters["preset"]["literals"] == list(PRESETS)
     assert parameters["preset"]["defaultValue"] in PRESETS
+    assert all(word in parameters["preset"]["description"] for word in ("gpu_count", "gpu_pool {}"))
+    assert "sd15-paper" in parameters["iterations"]["description"]
+
+
+@pytest.mark.parametrize("file", GOLDEN.values())
+def test_the_form_names_the_servers_that_the_overlays_install(file: str) -> None:
+    parameters = parameters_of(ROOT / file)
+    for overlay in ("kind", "kubeflow", "gke-a100"):
+        services = {
+            f"http://{item['metadata']['name']}.{item['metadata']['namespace']}:{port['port']}"
+            for item in yaml.safe_load_all((ROOT / f"tests/golden/manifests-{overlay}.yaml").read_text())
+            if item["kind"] == "Service"
+            for port in item["spec"]["ports"]
+        }
+        assert {parameters[name]["defaultValue"] for name in ("store_endpoint", "tracking_uri")} <= services, overlay
 
 
 def test_no_parameter_holds_a_credential(parameters: dict[str, Spec]) -> None:
@@ -353,7 +372,7 @@ def _shards(spec: Spec) -> Spec:
 
 
 def _not_in_the_loop(spec: Spec) -> None:
-    del declared(_shards(spec))["pipelinechannel--gpu_count"]
+    del declared(_shards(spec))["pipelinechannel--draw_gpus"]
 
 
 def _not_handed_to_the_loop(spec: Spec) -> None:
@@ -362,11 +381,11 @@ def _not_handed_to_the_loop(spec: Spec) -> None:
 
 
 def _not_handed_to_the_task(spec: Spec) -> None:
-    del _shards(spec)["dag"]["tasks"]["generate-synthetic"]["inputs"]["parameters"]["pipelinechannel--gpu_count"]
+    del _shards(spec)["dag"]["tasks"]["generate-synthetic"]["inputs"]["parameters"]["pipelinechannel--draw_gpus"]
 
 
 def _a_number_where_text_is_read(spec: Spec) -> None:
-    del declared(spec["components"]["comp-spin-train"])["pipelinechannel--gpu_count"]
+    del declared(spec["components"]["comp-spin-train"])["pipelinechannel--train_gpus"]
 
 
 def _no_amount_for_the_task(spec: Spec) -> None:
@@ -391,10 +410,10 @@ def _no_losers(spec: Spec) -> None:
     ("damage", "expected"),
     [
         (_no_losers, "train-player/condition-branches-1: artifact pipelinechannel--losers comes from"),
-        (_not_in_the_loop, "generate-synthetic: accelerators comes from pipelinechannel--gpu_count, which its parent"),
+        (_not_in_the_loop, "generate-synthetic: accelerators comes from pipelinechannel--draw_gpus, which its parent"),
         (_not_handed_to_the_loop, "spin-iteration/for-loop-1: is not given pipelinechannel--store_secret"),
-        (_not_handed_to_the_task, "generate-synthetic: resourceCount needs pipelinechannel--gpu_count, which it is"),
-        (_a_number_where_text_is_read, "spin-train: resourceCount needs pipelinechannel--gpu_count as text"),
+        (_not_handed_to_the_task, "generate-synthetic: resourceCount needs pipelinechannel--draw_gpus, which it is"),
+        (_a_number_where_text_is_read, "spin-train: resourceCount needs pipelinechannel--train_gpus as text"),
         (_no_amount_for_the_task, "resourceMemoryLimit needs pipelinechannel--train_memory, which it is not given"),
         (_not_waited_for, "root/prepare-data: its pod needs an output of preflight, which it does not wait for"),
         (_no_such_output, "root/score: run_key comes from"),

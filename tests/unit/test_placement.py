@@ -9,6 +9,7 @@ import yaml
 
 from pipelines.placement import A100_80GB
 from pipelines.play import WORKS
+from spin.__main__ import app
 from spin.cluster import number
 from spin.preflight import preflight
 from spin.presets import PRESETS, ROOM, resolve, room
@@ -16,12 +17,13 @@ from spin.stages import Place
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "tests" / "golden" / "spin-diffusion.yaml"
+PAGE = ROOT / "docs" / "operations.md"
 NOWHERE = Place("preflight", "", "")
 STORE, SCORE = "store_secret", "score_secret"
 TRACKING = "tracking_secret (optional)"
 SHARED = "/dev/shm Memory 16Gi"
-TRAIN = ("nvidia.com/gpu x gpu_count", "train_selector", "train_tolerations", SHARED)
-DRAW = ("nvidia.com/gpu x gpu_count", "draw_selector", "draw_tolerations", SHARED)
+TRAIN = ("nvidia.com/gpu x train_gpus", "train_selector", "train_tolerations", SHARED)
+DRAW = ("nvidia.com/gpu x draw_gpus", "draw_selector", "draw_tolerations", SHARED)
 NONE = ("", "", "", "")
 
 # task: cpu request, memory request, memory limit, (accelerator, node selector, tolerations, shared memory), retries,
@@ -30,10 +32,10 @@ TABLE = {
     "Preflight": ("1", "2Gi", "2Gi", NONE, 0, {STORE, TRACKING}),
     "Require preflight": ("100m", "1Gi", "1Gi", NONE, 0, {SCORE}),
     # Not on nodes that may go at any time: it has no retries.
-    "Prepare data": ("draw_cpu", "draw_memory", "draw_memory", TRAIN, 0, {STORE, TRACKING}),
+    "Prepare data": ("draw_cpu", "draw_memory", "draw_memory", (DRAW[0], *TRAIN[1:]), 0, {STORE, TRACKING}),
     "Plan score shards": ("100m", "256Mi", "256Mi", NONE, 0, set()),
     "Score shard": ("draw_cpu", "draw_memory", "draw_memory", DRAW, 3, {SCORE, TRACKING}),
-    "Gather scores": ("draw_cpu", "draw_memory", "draw_memory", DRAW, 3, {SCORE, TRACKING}),
+    "Score metrics": ("draw_cpu", "draw_memory", "draw_memory", DRAW, 3, {SCORE, TRACKING}),
     "Plan iterations": ("100m", "256Mi", "256Mi", NONE, 0, set()),
     "Continue play": ("500m", "1Gi", "1Gi", NONE, 3, {STORE}),
     "Plan shards": ("100m", "256Mi", "256Mi", NONE, 0, set()),
@@ -126,27 +128,71 @@ def test_every_task_of_every_preset(name: str, spot: bool, monkeypatch: pytest.M
     for hub in ("_base", "_data", "_scorer"):
         monkeypatch.setattr(f"spin.preflight.{hub}", lambda *_: "not asked")
     own = {"node_selector": {"spot": "true"}, "tolerations": [{"key": "spot", "operator": "Exists"}]} if spot else {}
-    report = preflight(NOWHERE, name, gpu_count=1, gpu_pool=A100_80GB, draw_pool=own)
+    fits = {"train": {"micro_batch_size": 4}}
+    report = preflight(NOWHERE, name, "", "", fits, gpu_count=8, gpu_pool=A100_80GB, draw_pool=own)
     handed = {f"{work}_{what}": value for work in WORKS for what, value in vars(getattr(report, work)).items()}
     found = {}
     for task, (cpu, memory, limit, (accelerator, selector, tolerations, shared), _, _) in table().items():
         assert memory == limit
         amounts = (str(handed.get(cpu, cpu)), str(handed.get(memory, memory)))
-        found[task] = (*amounts, accelerator, handed.get(selector), handed.get(tolerations), shared)
+        kind, _, count = accelerator.partition(" x ")
+        gpus = f"{kind} x {handed[count]}" if kind else ""
+        found[task] = (*amounts, gpus, handed.get(selector), handed.get(tolerations), shared)
 
     draw, train = PLACES[name]
-    gpu = "nvidia.com/gpu x gpu_count"
-    a100 = (gpu, A100_80GB["node_selector"], A100_80GB["tolerations"], SHARED)
-    drawing = (*draw, gpu, own["node_selector"], own["tolerations"], SHARED) if spot else (*draw, *a100)
+    at = (A100_80GB["node_selector"], A100_80GB["tolerations"], SHARED)
+    # Training alone uses more than one.
+    one, all_of_them = "nvidia.com/gpu x 1", "nvidia.com/gpu x 8"
+    drawing = (*draw, one, own["node_selector"], own["tolerations"], SHARED) if spot else (*draw, one, *at)
     small = {task: (cpu, memory, "", None, None, "") for task, (cpu, memory, _, at, *_) in TABLE.items() if at == NONE}
     assert found == small | {
-        "Prepare data": (*draw, *a100),
+        "Prepare data": (*draw, one, *at),
         "Generate losers": drawing,
         "Score shard": drawing,
-        "Gather scores": drawing,
-        "Train player": (*train, *a100),
-        "Train player on nodes": (*train, *a100),
+        "Score metrics": drawing,
+        "Train player": (*train, all_of_them, *at),
+        "Train player on nodes": (*train, all_of_them, *at),
     }
+
+
+@pytest.mark.parametrize(("count", "train", "draw"), [(0, 0, 0), (1, 1, 1), (8, 8, 1)])
+def test_a_pod_is_given_the_accelerators_that_it_uses(count: int, train: int, draw: int) -> None:
+    report = preflight(NOWHERE, "emoji-cpu", "", "", {"train": {"micro_batch_size": 4}}, gpu_count=count)
+
+    assert (report.train.gpus, report.draw.gpus) == (train, draw)
+
+
+def test_a_task_waits_for_the_accelerators_that_it_was_given() -> None:
+    spec, _ = yaml.safe_load_all(PACKAGE.read_text())
+    found = {}
+    for dag in [spec["root"], *spec["components"].values()]:
+        for task in dag.get("dag", {}).get("tasks", {}).values():
+            given = task.get("inputs", {}).get("parameters", {})
+            if "accelerators" in given:
+                found[task["taskInfo"]["name"]] = plain(
+                    {k: v for k, v in given["accelerators"].items() if k != "parameterType"}
+                )
+
+    assert found == {
+        task: accelerator.removeprefix("nvidia.com/gpu x ")
+        for task, (_, _, _, (accelerator, *_), _, _) in TABLE.items()
+        if accelerator
+    }
+
+
+def test_the_page_knows_the_tasks() -> None:
+    spec, _ = yaml.safe_load_all(PACKAGE.read_text())
+    there = {
+        (task["taskInfo"]["name"], task["componentRef"]["name"].removeprefix("comp-"))
+        for dag in [spec["root"], *spec["components"].values()]
+        for task in dag.get("dag", {}).get("tasks", {}).values()
+    }
+    rows = re.findall(r"^\| ([\w ]+) \| `([a-z-]+)` \| `([a-z-]+)` \|$", PAGE.read_text(), re.M)
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+
+    assert {component for _, component, _ in rows} >= {"spin-train", "score-metrics", "register-model"}
+    assert {(task, component) for task, component, _ in rows} <= there
+    assert {command for *_, command in rows} <= commands
 
 
 def test_the_demo_fits_a_small_node() -> None:
