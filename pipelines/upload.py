@@ -21,10 +21,10 @@ import yaml
 from google.protobuf import json_format
 from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec, PlatformSpec
 
+from components.settings import DEFAULT_IMAGE
 from spin import __version__
 from spin.errors import SpinError
 
-PIPELINE_NAME = "spin-diffusion"
 IN_CLUSTER_HOST = "http://ml-pipeline.kubeflow.svc.cluster.local:8888"
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -136,16 +136,14 @@ def connect(
     return client
 
 
-def upload(
-    client: Client, package: Path, name: str = PIPELINE_NAME, version: str | None = None, reuse: bool = False
-) -> Uploaded:
-    """Uploads `package` as a new version of pipeline `name`, which is created when the server lacks it.
+def upload(client: Client, package: Path, version: str | None = None, reuse: bool = False) -> Uploaded:
+    """Uploads `package` as a new version of the pipeline that it names, which is created when the server lacks it.
 
     A version of that name on the server is never replaced: that is an error, and nothing is uploaded. With `reuse`
     it is taken as it is, if its name stands for one commit (`-dirty` may stand for anything).
     """
     version = version or version_name()
-    _check(package)
+    name = _checked_name(package)
     namespace = client.get_user_namespace() or None
 
     with _answers(client.host, f"look up pipeline {name}"):
@@ -214,11 +212,13 @@ def run(
     return RunStarted(run_id, f"{client.ui}/runs/details/{run_id}")
 
 
-def _check(package: Path) -> None:
-    """Refuses what is no compiled pipeline before the server is changed."""
+def _checked_name(package: Path) -> str:
+    """Returns the pipeline's name; refuses what is no compiled pipeline of ours before the server is changed."""
     try:
         spec, *platform = yaml.safe_load_all(package.read_text())
         parsed = json_format.ParseDict(spec, PipelineSpec())
+        executors = spec.get("deploymentSpec", {}).get("executors", {}).values()
+        images = [executor.get("container", {}).get("image") for executor in executors]
         for document in platform:
             json_format.ParseDict(document, PlatformSpec())
     except OSError as error:
@@ -228,6 +228,13 @@ def _check(package: Path) -> None:
         raise SpinError(f"expected a compiled pipeline, got {why} ({package}); compile it again") from error
     if not parsed.pipeline_info.name:
         raise SpinError(f"expected a compiled pipeline, got YAML without pipelineInfo ({package}); compile it again")
+    # Nodes would look for it in a public registry, and hand whatever is there the S3 keys.
+    if DEFAULT_IMAGE in images:
+        raise SpinError(
+            f"expected an image in a registry of yours, got {DEFAULT_IMAGE} ({package}); nothing was uploaded: set "
+            "SPIN_RUNTIME_IMAGE to it and compile again"
+        )
+    return str(parsed.pipeline_info.name)
 
 
 @contextlib.contextmanager

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.upload import PIPELINE_NAME
 from tests.integration.kfp_contract import ContractServer, serving
 
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parents[2]
+PIPELINE_NAME = "spin-diffusion"
+IMAGE = "registry.example/team/spin:1"
 SCRIPT = ROOT / "pipelines" / "spin.py"
 DEFAULT = ROOT / "build" / "spin-diffusion.yaml"
 
@@ -34,7 +35,9 @@ def command(
     return subprocess.run(
         [sys.executable, script, *arguments],
         cwd=folder,
-        env=kept | {"HOME": str(folder), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"} | environment,
+        env=kept
+        | {"SPIN_RUNTIME_IMAGE": IMAGE, "HOME": str(folder), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -96,6 +99,47 @@ def test_wrong_parameters(tmp_path: Path, server: ContractServer, content: str, 
 
     assert expected in refusal(done)
     assert server.received == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--run", "--local", "--check"), "expected one of --run, --local and --check, got --run and --local and --ch"),
+        (("--local", "--check"), "expected one of --run, --local and --check, got --local and --check; choose one"),
+        (("--params", "p.yaml"), "expected --run, --local or --check beside --params, got none; add one: "),
+    ],
+)
+def test_flags_that_contradict_each_other(
+    tmp_path: Path, server: ContractServer, arguments: tuple[str, ...], expected: str
+) -> None:
+    (tmp_path / "p.yaml").write_text("iterations: 3\n")
+
+    done = command(tmp_path, *arguments, "--output", "spin.yaml", "--host", server.url)
+
+    assert refusal(done).startswith(expected)
+    assert not (tmp_path / "spin.yaml").exists()
+    assert server.received == []
+
+
+@pytest.mark.parametrize("flags", [(), ("--run",)], ids=["upload", "run"])
+def test_an_upload_needs_an_image_of_ones_own(tmp_path: Path, server: ContractServer, flags: tuple[str, ...]) -> None:
+    done = command(tmp_path, *flags, "--output", "spin.yaml", "--host", server.url, SPIN_RUNTIME_IMAGE="")
+
+    assert "nothing was uploaded: set SPIN_RUNTIME_IMAGE to it" in refusal(done)
+    assert server.pipelines == server.runs == {}
+
+
+def test_each_script_runs_a_pipeline_of_its_own(tmp_path: Path, server: ContractServer) -> None:
+    for script in ("spin.py", "compare.py"):
+        done = command(
+            tmp_path, "--run", "--output", f"{script}.yaml", "--host", server.url, script=ROOT / "pipelines" / script
+        )
+        assert succeeds(done).splitlines()[1].startswith("created the pipeline with version ")
+
+    assert [pipeline["name"] for pipeline in server.pipelines.values()] == [PIPELINE_NAME, "spin-comparison"]
+    started = [run["pipeline_version_reference"]["pipeline_id"] for run in server.runs.values()]
+    assert started == list(server.pipelines)
+    assert server.violations == []
 
 
 def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:

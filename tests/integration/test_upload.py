@@ -14,8 +14,9 @@ import pytest
 import yaml
 from kfp import compiler, dsl, kubernetes
 
+from components.settings import DEFAULT_IMAGE
 from pipelines import upload as uploads
-from pipelines.upload import PIPELINE_NAME, Client, connect, run, upload, version_name
+from pipelines.upload import Client, connect, run, upload, version_name
 from spin import __version__
 from spin.errors import SpinError
 from tests.integration.kfp_contract import ContractServer, operations, serving
@@ -23,6 +24,8 @@ from tests.integration.kfp_contract import ContractServer, operations, serving
 pytestmark = pytest.mark.integration
 
 VERSION = "v0.1.0-g1a2b3c4"
+PIPELINE_NAME = "spin-diffusion"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @dsl.component(base_image="python:3.11-slim")
@@ -120,6 +123,40 @@ def test_an_existing_pipeline_gets_another_version(server: ContractServer, clien
     assert [version["name"] for version in server.versions.values()] == [VERSION, "v0.1.0-g5d6e7f8"]
     assert len(server.pipelines) == 1
     assert server.violations == []
+
+
+def test_each_pipeline_has_versions_of_its_own(server: ContractServer, client: Client, tmp_path: Path) -> None:
+    """Both compiled files at one commit; a run of one is never a run of the other."""
+    names = ("spin-diffusion", "spin-comparison")
+    for name in names:
+        text = (GOLDEN / f"{name}.yaml").read_text()
+        (tmp_path / name).write_text(text.replace(DEFAULT_IMAGE, "registry.example/team/spin:1"))
+    done = {name: upload(client, tmp_path / name, version=VERSION, reuse=True) for name in names}
+    again = {name: upload(client, tmp_path / name, version=VERSION, reuse=True) for name in names}
+
+    assert [pipeline["name"] for pipeline in server.pipelines.values()] == list(names)
+    assert [version["name"] for version in server.versions.values()] == [VERSION, VERSION]
+    for name in names:
+        assert done[name].created
+        assert again[name].reused
+        assert again[name].version_id == done[name].version_id
+        uploaded = server.versions[done[name].version_id]
+        assert uploaded["pipeline_spec"]["pipeline_spec"]["pipelineInfo"]["name"] == name
+        assert server.pipelines[done[name].pipeline_id]["name"] == name
+    assert server.violations == []
+
+
+@pytest.mark.parametrize("name", ["spin-diffusion", "spin-comparison"])
+def test_an_image_that_nobody_has_pushed_is_refused(server: ContractServer, client: Client, name: str) -> None:
+    server.received.clear()
+
+    with pytest.raises(
+        SpinError, match=f"got {DEFAULT_IMAGE} .*; nothing was uploaded: set SPIN_RUNTIME_IMAGE "
+    ) as error:
+        upload(client, GOLDEN / f"{name}.yaml", version=VERSION)
+
+    refusal(error)
+    assert server.received == []
 
 
 def test_an_existing_version_is_refused_and_nothing_is_uploaded(
