@@ -11,6 +11,10 @@ from rich.console import Console
 from pipelines.compiled import SERVERS, check_parameters, compile_pipeline, read_parameters
 from spin.errors import SpinError
 
+LOCAL = """Run the compiled file on this computer. Needs S3 and MLflow servers whose addresses --params has, with
+gpu_count 0 and gpu_pool {} where there is no accelerator, and the keys in AWS_ACCESS_KEY_ID and
+AWS_SECRET_ACCESS_KEY."""
+
 
 def main(pipeline: Callable[..., Any], choices: Mapping[str, Sequence[str]], default: Path) -> None:
     """Run the command line for ``pipeline``; a fault of the user's is one line and exit code 2."""
@@ -22,11 +26,18 @@ def main(pipeline: Callable[..., Any], choices: Mapping[str, Sequence[str]], def
         host: Annotated[str, typer.Option(envvar="KFP_HOST", help="KFP endpoint; empty: compile only.")] = "",
         namespace: Annotated[str, typer.Option(envvar="KFP_NAMESPACE", help="Profile namespace.")] = "",
         run: Annotated[bool, typer.Option("--run", help="Start a run after the upload.")] = False,
-        local: Annotated[bool, typer.Option("--local", help="Run the compiled file on this computer.")] = False,
+        local: Annotated[bool, typer.Option("--local", help=LOCAL)] = False,
         check: Annotated[bool, typer.Option("--check", help="Only check the pipeline and the parameters.")] = False,
         server: Annotated[str, typer.Option(help=f"Version of the KFP server: {', '.join(SERVERS)}.")] = SERVERS[-1],
         params: Annotated[Path | None, typer.Option(help="YAML file with pipeline parameters.")] = None,
     ) -> None:
+        asked = [flag for flag, given in {"--run": run, "--local": local, "--check": check}.items() if given]
+        if len(asked) > 1:
+            raise SpinError(f"expected one of --run, --local and --check, got {' and '.join(asked)}; choose one")
+        if params and not asked:
+            raise SpinError(
+                "expected --run, --local or --check beside --params, got none; add one: an upload has no parameters"
+            )
         values = read_parameters(params) if params else {}
         compile_pipeline(pipeline, choices, output, server)
         check_parameters(output, values)

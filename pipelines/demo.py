@@ -43,7 +43,7 @@ def main(
         ROOT / "build" / "demo"
     ),
     params: Annotated[Path | None, typer.Option(help="YAML file with pipeline parameters.")] = None,
-    iterations: Annotated[int, typer.Option(help="Self-play iterations.")] = 2,
+    iterations: Annotated[int | None, typer.Option(help="Self-play iterations; 2 unless --params has them.")] = None,
     ui: Annotated[bool, typer.Option("--ui", help="Only serve the MLflow UI on the demo's data.")] = False,
     port: Annotated[int, typer.Option(help="Port of the MLflow UI.")] = 5000,
 ) -> None:
@@ -55,10 +55,22 @@ def main(
         if ui:
             _serve(folder, port)
         else:
-            _demo(folder, {"iterations": iterations} | (read_parameters(params) if params else {}))
+            _demo(folder, _parameters(params, iterations))
     except SpinError as error:
         console.print(f"error: {error}", markup=False, style="red", soft_wrap=True)
         raise SystemExit(2) from None
+
+
+def _parameters(path: Path | None, iterations: int | None) -> dict[str, Any]:
+    given = read_parameters(path) if path else {}
+    if iterations is None:
+        return {"iterations": 2} | given
+    if "iterations" in given:
+        raise SpinError(
+            f"expected the iterations once, got {iterations} by --iterations and {given['iterations']} in {path}; "
+            "leave one out"
+        )
+    return given | {"iterations": iterations}
 
 
 def _serve(folder: Path, port: int) -> None:

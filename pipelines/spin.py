@@ -4,6 +4,9 @@ python pipelines/spin.py                       compile to build/spin-diffusion.y
 python pipelines/spin.py --run --params p.yaml upload and start a run
 python pipelines/spin.py --local --params p.yaml   run the compiled file on this computer
 python pipelines/spin.py --check --params p.yaml   only check the pipeline and the parameters
+
+``--local`` needs S3 and MLflow servers that answer at the parameters store_endpoint and tracking_uri, keys in
+AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and, without accelerators, gpu_count 0 and gpu_pool {}.
 """
 
 import sys

@@ -58,6 +58,18 @@ def test_a_fault_without_words_leads_to_the_log(folder: Path) -> None:
         demo._run({}, folder)
 
 
+def test_iterations_are_said_once(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text("shards: 2\n")
+    assert demo._parameters(None, None) == {"iterations": 2}
+    assert demo._parameters(path, 5) == {"shards": 2, "iterations": 5}
+
+    path.write_text("iterations: 3\n")
+    assert demo._parameters(path, None) == {"iterations": 3}
+    with pytest.raises(SpinError, match=r"^expected the iterations once, got 5 by --iterations and 3 in .*; leave one"):
+        demo._parameters(path, 5)
+
+
 def test_there_is_nothing_to_look_at_before_a_demo(tmp_path: Path) -> None:
     with pytest.raises(SpinError, match=r"^expected the data of a demo, got none in .*; run `make demo` first$"):
         demo._serve(tmp_path, 5000)
