@@ -129,7 +129,7 @@ def parameters_of(package: Path) -> dict[str, dict[str, Any]]:
 
 
 def check_parameters(package: Path, params: Mapping[str, Any]) -> None:
-    """Refuse unknown parameters, wrong types, values outside a dropdown and impossible configurations.
+    """Refuse unknown parameters, wrong types, values outside a dropdown, and whatever every stage would refuse.
 
     Raises:
         SpinError: the first fault, in one line.
@@ -150,11 +150,21 @@ def check_parameters(package: Path, params: Mapping[str, Any]) -> None:
         if name in full and full[name] < least:
             raise SpinError(f"expected {name} of at least {least}, got {full[name]}; raise it")
     from spin.cluster import pool_of
+    from spin.data.sources import check_source
     from spin.presets import resolve
+    from spin.run import check_key
+    from spin.stages import Place
 
+    key = full["run_key"] or "run"
+    Place(key, full["store_uri"], full["store_endpoint"], full["tracking_uri"]).check()
     for name in ("gpu_pool", "draw_pool"):
         pool_of(full[name], name)
     config = resolve(full["preset"], full["base_model"], full["data_source"], full["overrides"])
+    check_source(config.data.source)
+    if "model_name" in known:
+        from spin.stages.register import check_name
+
+        check_name(full["model_name"])
     if "gate" in known:
         from spin.gate import policy
 
@@ -163,14 +173,9 @@ def check_parameters(package: Path, params: Mapping[str, Any]) -> None:
         from spin.comparison import arms_of, default_arms
 
         # The number of pairs is known only when they are prepared; any number shows what is wrong with an arm.
-        arms_of(
-            full["run_key"],
-            config,
-            full["arms"] or default_arms(config),
-            int(full["iterations"]),
-            int(full["seeds"]),
-            config.train.batch_size,
-        )
+        arms, seeds = full["arms"] or default_arms(config), int(full["seeds"])
+        for arm in arms_of(key, config, arms, int(full["iterations"]), seeds, config.train.batch_size):
+            check_key(arm.run_key)
 
 
 def read_parameters(path: Path) -> dict[str, Any]:

@@ -99,6 +99,14 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") ->
     return changes
 
 
+def check_key(key: str) -> None:
+    """Refuse a run key that is no plain name."""
+    if not RUN_KEY.fullmatch(key) or ".." in key:
+        raise SpinError(
+            f"expected a run key of letters, digits, '.', '_' and '-' (at most 63), got {key!r}; choose another"
+        )
+
+
 class Run:
     """One run key in a store.
 
@@ -107,10 +115,7 @@ class Run:
     """
 
     def __init__(self, store: Store, key: str):
-        if not RUN_KEY.fullmatch(key) or ".." in key:
-            raise SpinError(
-                f"expected a run key of letters, digits, '.', '_' and '-' (at most 63), got {key!r}; choose another"
-            )
+        check_key(key)
         self.store, self.key = store, key
 
     def _path(self, stage: str) -> str:

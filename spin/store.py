@@ -200,6 +200,21 @@ def kept(name: str, fetch: Callable[[Path], None]) -> Path:
     return target
 
 
+def addresses(uri: str, endpoint: str) -> tuple[re.Match[str], re.Match[str]]:
+    """Return the parts of a store's two addresses.
+
+    Raises:
+        SpinError: one is malformed.
+    """
+    match = re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/([\w.=-]+(?:/[\w.=-]+)*))?/?", uri)
+    if not match or ".." in uri:
+        raise SpinError(f"expected a store uri like s3://bucket/prefix, got {uri!r}; set store_uri")
+    address = ENDPOINT.fullmatch(endpoint)
+    if not address or int(address["port"] or 0) > 65535:
+        raise SpinError(f"expected an S3 endpoint like http://host:9000, got {endpoint!r}; set store_endpoint")
+    return match, address
+
+
 class Store:
     """A bucket and prefix of an S3 server.
 
@@ -213,12 +228,7 @@ class Store:
     """
 
     def __init__(self, uri: str, endpoint: str):
-        match = re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/([\w.=-]+(?:/[\w.=-]+)*))?/?", uri)
-        if not match or ".." in uri:
-            raise SpinError(f"expected a store uri like s3://bucket/prefix, got {uri!r}; set store_uri")
-        address = ENDPOINT.fullmatch(endpoint)
-        if not address or int(address["port"] or 0) > 65535:
-            raise SpinError(f"expected an S3 endpoint like http://host:9000, got {endpoint!r}; set store_endpoint")
+        match, address = addresses(uri, endpoint)
         keys = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
         if not all(keys):
             raise SpinError(

@@ -262,12 +262,28 @@ def _decoded(caption: bytes) -> str:
         raise _Refused("unreadable caption: not UTF-8") from None
 
 
+def check_source(source: str) -> None:
+    """Refuse what can be no source, without looking for it.
+
+    Raises:
+        SpinError: a misspelt hub name, or an address that is not ``s3://``, which preparing fetches beforehand.
+    """
+    if source.startswith("hf:"):
+        _hub_name(source)
+    elif not source.startswith("s3://"):
+        _refuse_address(source)
+
+
+def _refuse_address(source: str) -> None:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source):
+        raise SpinError(f"expected {_KINDS}, got the address {source!r} (data.source); copy the data to a local path")
+
+
 def _candidates(config: DataConfig) -> Iterator[_Candidate | Rejection]:
     source = config.source
     if source.startswith("hf:"):
         return _hub(source, config.split)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source):
-        raise SpinError(f"expected {_KINDS}, got the address {source!r} (data.source); copy the data to a local path")
+    _refuse_address(source)
     path = Path(source)
     try:
         path.stat()
@@ -590,12 +606,17 @@ def _embedded(image: object) -> object:
     return image.get("bytes") if isinstance(image, dict) else image
 
 
-def _hub(source: str, split: str) -> Iterator[_Candidate]:
-    """Stream a hub data set whose rows embed their images, as those stored in Parquet do."""
+def _hub_name(source: str) -> tuple[str, str | None]:
+    """Return name and revision of a hub data set."""
     match = re.fullmatch(r"hf:(\w[\w.-]*(?:/\w[\w.-]*)?)(?:@([\w./-]+))?", source, re.ASCII)
     if match is None:
         raise SpinError(f"expected hf:NAME or hf:NAME@REVISION, got {source!r} (data.source); correct the name")
-    name, revision = match.groups()
+    return match[1], match[2]
+
+
+def _hub(source: str, split: str) -> Iterator[_Candidate]:
+    """Stream a hub data set whose rows embed their images, as those stored in Parquet do."""
+    name, revision = _hub_name(source)
     try:
         import datasets
 

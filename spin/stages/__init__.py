@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from spin.errors import SpinError
 from spin.processes import rank
-from spin.run import Run
-from spin.store import Store
+from spin.run import Run, check_key
+from spin.store import Store, addresses
 
 logger = logging.getLogger("spin")
 
@@ -23,6 +23,19 @@ class Place:
     experiment: str = "spin-diffusion"
     accelerators: int = 0
     """Accelerators that this process was promised; 0: whatever there is."""
+
+    def check(self) -> None:
+        """Make sure that the key is a name and that the addresses are such; nobody is asked.
+
+        Raises:
+            SpinError: one of them is not.
+        """
+        check_key(self.run_key)
+        addresses(self.store_uri, self.store_endpoint)
+        if self.tracking_uri:
+            from spin.tracking import check_address
+
+            check_address(self.tracking_uri)
 
     def open(self) -> Run:
         """Return the run; the store is checked first, so that bad keys cost nothing."""
@@ -40,10 +53,7 @@ class Place:
                     f"expected {self.accelerators} accelerator(s), got {seen}; check gpu_count and the image, or set "
                     "gpu_count to 0 to run on the CPU"
                 )
-        if self.tracking_uri:
-            from spin.tracking import check_address
-
-            check_address(self.tracking_uri)
+        self.check()
         store = Store(self.store_uri, self.store_endpoint)
         run = Run(store, self.run_key)
         # Preflight went before, with this address: a stage may start in the middle of an outage.

@@ -31,6 +31,12 @@ class Candidate:
         return float(self.scores.facts["metrics"]["validation"][score]["value"])
 
 
+def check_name(model_name: str) -> None:
+    """Refuse a name that the registry, or a search in it, would not take."""
+    if not model_name or any(sign in model_name for sign in "/:'\""):
+        raise SpinError(f"expected a registry name without '/', ':' and quotes, got {model_name!r}; set model_name")
+
+
 def register(place: Place, model_name: str, iterations: int, policy: Mapping[str, Any] | None = None) -> Index:
     """Register the players of all iterations, point ``challenger`` at the best on the validation prompts, judge it.
 
@@ -43,8 +49,7 @@ def register(place: Place, model_name: str, iterations: int, policy: Mapping[str
         SpinError: an iteration is incomplete, or the registry is out of reach (nothing is lost: run it again).
     """
     iterations = whole_iteration(iterations, 1)
-    if not model_name or any(sign in model_name for sign in "/:'\""):
-        raise SpinError(f"expected a registry name without '/', ':' and quotes, got {model_name!r}; set model_name")
+    check_name(model_name)
     run = place.open()
     config, clock = run.config(), Clock()
     asked, primary = gate.policy(dict(policy or {}), config.score), config.score.primary

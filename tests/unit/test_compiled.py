@@ -29,6 +29,7 @@ def test_the_parameters_of_the_compiled_file() -> None:
     [
         {},
         {"iterations": 1, "shards": 1, "gpu_count": 0, "run_key": "mine", "gpu_pool": {}},
+        {"data_source": "s3://bucket/images", "tracking_uri": "", "store_endpoint": "https://s3.example"},
         {"preset": "sd15-lora", "overrides": {"train": {"beta": [3000], "steps": [50, 20]}}},
         {
             "preset": "sd15-paper",
@@ -37,7 +38,7 @@ def test_the_parameters_of_the_compiled_file() -> None:
             "draw_pool": {"tolerations": []},
         },
     ],
-    ids=["defaults", "small", "overrides", "own-model-and-data"],
+    ids=["defaults", "small", "elsewhere", "overrides", "own-model-and-data"],
 )
 def test_what_is_in_order(params: dict[str, Any]) -> None:
     check_parameters(PACKAGE, params)
@@ -69,6 +70,13 @@ def test_what_is_in_order(params: dict[str, Any]) -> None:
         ({"overrides": {"train": {"steps": [0]}}}, "expected train.steps.0 to be greater than 0, got 0; change it"),
         ({"overrides": {"train": {"batch_size": 7, "micro_batch_size": 2}}}, "multiple of micro_batch_size, got 7"),
         ({"gate": {"beter": {}}}, "expected a known option of the gate, got 'beter'; did you mean 'better'?"),
+        ({"run_key": "../x"}, "expected a run key of letters, digits, '.', '_' and '-' (at most 63), got '../x'; "),
+        ({"store_uri": "spin"}, "expected a store uri like s3://bucket/prefix, got 'spin'; set store_uri"),
+        ({"store_endpoint": "minio:9000"}, "expected an S3 endpoint like http://host:9000, got 'minio:9000'; "),
+        ({"tracking_uri": "sqlite:///x.db"}, "expected an MLflow server like http://host:5000, got 'sqlite:///x.db'; "),
+        ({"data_source": "ftp://x/y"}, "got the address 'ftp://x/y' (data.source); copy the data to a local path"),
+        ({"data_source": "hf:a b"}, "expected hf:NAME or hf:NAME@REVISION, got 'hf:a b' (data.source); "),
+        ({"model_name": "a/b"}, "expected a registry name without '/', ':' and quotes, got 'a/b'; set model_name"),
         ({"overrides": [1]}, "expected STRUCT for parameter 'overrides', got [1]; "),
     ],
 )  # fmt: skip
@@ -77,6 +85,21 @@ def test_what_is_not(params: dict[str, Any], expected: str) -> None:
         check_parameters(PACKAGE, params)
 
     assert expected in refusal(error)
+
+
+def test_the_check_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither servers nor the environment: keys are the cluster's."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection"))
+
+    check_parameters(PACKAGE, {"data_source": "hf:someone/images"})
+
+
+def test_the_keys_of_arms_are_run_keys_too() -> None:
+    comparison = PACKAGE.with_name("spin-comparison.yaml")
+    with pytest.raises(SpinError, match=r"^expected a run key .*-dpo-0'; choose another$"):
+        check_parameters(comparison, {"run_key": "x" * 60})
 
 
 def test_only_what_a_pipeline_has_is_looked_at() -> None:
