@@ -64,11 +64,18 @@ def place_on_gpu(task: dsl.PipelineTask, work: str, pool: dict[str, Any]) -> dsl
 
 
 def with_store(task: dsl.PipelineTask, store_secret: Any) -> dsl.PipelineTask:
-    """Hand a task the S3 keys from a Kubernetes secret, as the usual variables."""
+    """Hand a task the S3 keys from a Kubernetes secret, as the usual variables, and the region if it has one."""
     kubernetes.use_secret_as_env(
         task,
         secret_name=store_secret,
         secret_key_to_env={"AWS_ACCESS_KEY_ID": "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY": "AWS_SECRET_ACCESS_KEY"},
+    )
+    # All of a call is optional, or none of it; an optional key may be absent from a secret that is there.
+    kubernetes.use_secret_as_env(
+        task,
+        secret_name=store_secret,
+        optional=True,
+        secret_key_to_env={"AWS_DEFAULT_REGION": "AWS_DEFAULT_REGION"},
     )
     return task
 

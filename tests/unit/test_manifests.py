@@ -60,6 +60,30 @@ def secrets(tmp_path_factory: pytest.TempPathFactory) -> list[policy.Object]:
     return [item for part in ("platform", "workspace") for item in yaml.safe_load_all(render(folder / part))]
 
 
+def test_the_secrets_of_outside_servers_are_made_as_the_page_says(tmp_path: Path) -> None:
+    """The page's own commands, with a kubectl that renders what it would apply: what `production` needs, no more."""
+    shutil.copytree(MANIFESTS, tmp_path / "manifests", ignore=shutil.ignore_patterns("*.env", "*.json"))
+    (tmp_path / "kubectl").write_text(f'#!/bin/sh\necho "---"\nexec {KUBECTL} kustomize "$3"\n')
+    (tmp_path / "kubectl").chmod(0o755)
+    (block,) = re.findall(r"```sh\n( +cd manifests/secrets .*?)```", (ROOT / "docs/operations.md").read_text(), re.S)
+
+    done = subprocess.run(
+        ["sh", "-ec", block],
+        cwd=tmp_path,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+
+    made = [item for item in yaml.safe_load_all(done.stdout) if item]
+    assert {item["metadata"]["name"] for item in made} == {"mlflow-database", "mlflow-s3", "spin-s3", "spin-s3-scorer"}
+    assert list(policy.references(_golden("production"), made)) == []
+    files = list((tmp_path / "manifests" / "secrets").rglob("*.env"))
+    assert len(files) == 4
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in files)
+
+
 def test_there_is_an_overlay_for_each_place() -> None:
     assert OVERLAYS == ["gke-a100", "kind", "kubeflow", "production"]
 

@@ -205,6 +205,8 @@ def test_secrets_reach_tasks_by_name_only(package: Path) -> None:
     assert found == {
         ("store_secret", "AWS_ACCESS_KEY_ID", False),
         ("store_secret", "AWS_SECRET_ACCESS_KEY", False),
+        ("store_secret", "AWS_DEFAULT_REGION", True),
+        ("score_secret", "AWS_DEFAULT_REGION", True),
         ("score_secret", "AWS_ACCESS_KEY_ID", False),
         ("score_secret", "AWS_SECRET_ACCESS_KEY", False),
         ("tracking_secret", "MLFLOW_TRACKING_USERNAME", True),

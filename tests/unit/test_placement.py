@@ -19,8 +19,9 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "tests" / "golden" / "spin-diffusion.yaml"
 PAGE = ROOT / "docs" / "operations.md"
 NOWHERE = Place("preflight", "", "")
-STORE, SCORE = "store_secret", "score_secret"
-TRACKING = "tracking_secret (optional)"
+# Of these two the optional part is the region.
+STORE, SCORE = ({name, f"{name} (optional)"} for name in ("store_secret", "score_secret"))
+TRACKING = {"tracking_secret (optional)"}
 SHARED = "/dev/shm Memory 16Gi"
 TRAIN = ("nvidia.com/gpu x train_gpus", "train_selector", "train_tolerations", SHARED)
 DRAW = ("nvidia.com/gpu x draw_gpus", "draw_selector", "draw_tolerations", SHARED)
@@ -29,21 +30,21 @@ NONE = ("", "", "", "")
 # task: cpu request, memory request, memory limit, (accelerator, node selector, tolerations, shared memory), retries,
 # secrets. No task has a CPU limit, is cached or has an environment of its own; every one runs as the image's own user.
 TABLE = {
-    "Preflight": ("1", "2Gi", "2Gi", NONE, 0, {STORE, TRACKING}),
-    "Require preflight": ("100m", "1Gi", "1Gi", NONE, 0, {SCORE}),
+    "Preflight": ("1", "2Gi", "2Gi", NONE, 0, STORE | TRACKING),
+    "Require preflight": ("100m", "1Gi", "1Gi", NONE, 0, SCORE),
     # Not on nodes that may go at any time: it has no retries.
-    "Prepare data": ("draw_cpu", "draw_memory", "draw_memory", (DRAW[0], *TRAIN[1:]), 0, {STORE, TRACKING}),
+    "Prepare data": ("draw_cpu", "draw_memory", "draw_memory", (DRAW[0], *TRAIN[1:]), 0, STORE | TRACKING),
     "Plan score shards": ("100m", "256Mi", "256Mi", NONE, 0, set()),
-    "Score shard": ("draw_cpu", "draw_memory", "draw_memory", DRAW, 3, {SCORE, TRACKING}),
-    "Score metrics": ("draw_cpu", "draw_memory", "draw_memory", DRAW, 3, {SCORE, TRACKING}),
+    "Score shard": ("draw_cpu", "draw_memory", "draw_memory", DRAW, 3, SCORE | TRACKING),
+    "Score metrics": ("draw_cpu", "draw_memory", "draw_memory", DRAW, 3, SCORE | TRACKING),
     "Plan iterations": ("100m", "256Mi", "256Mi", NONE, 0, set()),
-    "Continue play": ("500m", "1Gi", "1Gi", NONE, 3, {STORE}),
+    "Continue play": ("500m", "1Gi", "1Gi", NONE, 3, STORE),
     "Plan shards": ("100m", "256Mi", "256Mi", NONE, 0, set()),
-    "Generate losers": ("draw_cpu", "draw_memory", "draw_memory", DRAW, 3, {STORE, TRACKING}),
-    "Train player": ("train_cpu", "train_memory", "train_memory", TRAIN, 3, {STORE, TRACKING}),
+    "Generate losers": ("draw_cpu", "draw_memory", "draw_memory", DRAW, 3, STORE | TRACKING),
+    "Train player": ("train_cpu", "train_memory", "train_memory", TRAIN, 3, STORE | TRACKING),
     # The nodes' pods, not the task's own: see the test of what it passes on.
-    "Train player on nodes": ("train_cpu", "train_memory", "train_memory", TRAIN, 3, {STORE, TRACKING}),
-    "Register model": ("1", "4Gi", "4Gi", NONE, 3, {STORE, TRACKING}),
+    "Train player on nodes": ("train_cpu", "train_memory", "train_memory", TRAIN, 3, STORE | TRACKING),
+    "Register model": ("1", "4Gi", "4Gi", NONE, 3, STORE | TRACKING),
 }
 USER = {"runAsUser": "10001", "runAsGroup": "10001", "runAsNonRoot": True}
 BACKOFF = {"maxRetryCount": 3, "backoffDuration": "10s", "backoffFactor": 2.0, "backoffMaxDuration": "600s"}
