@@ -202,12 +202,17 @@ def test_no_limit_is_below_what_a_pod_asks_for(objects: list[policy.Object]) -> 
             assert all("default" not in limit for limit in item["spec"]["limits"])
 
 
-def test_the_gpu_pools_are_pipeline_parameters(overlay: str, objects: list[policy.Object]) -> None:
+def test_the_gpu_pools_are_values_of_the_form(overlay: str, objects: list[policy.Object]) -> None:
     pools = next(item for item in objects if item["metadata"]["name"] == "spin-gpu-pools")["data"]
-    spot = {"a100-80gb-spot.yaml"} if overlay == "gke-a100" else set()
-    assert {"a100-80gb.yaml", "a100-40gb.yaml", "h100.yaml", "cpu.yaml"} | spot == set(pools)
-    for text in pools.values():
-        check_parameters(GOLDEN / "spin-diffusion.yaml", yaml.safe_load(text))
+    spot = {"a100-80gb-spot"} if overlay == "gke-a100" else set()
+    assert {"a100-80gb", "a100-40gb", "h100", "cpu"} | spot == set(pools)
+    for name, text in pools.items():
+        # Pasted as it is; a field of the form is one line.
+        assert "\n" not in text
+        value = json.loads(text)
+        assert bool(value) == (name != "cpu")
+        for parameter in ("gpu_pool", "draw_pool"):
+            check_parameters(GOLDEN / "spin-diffusion.yaml", {parameter: value})
 
 
 # What each rule must see: the kind of object, the path to what is changed, its new value (None: removed).
