@@ -122,8 +122,8 @@ def spin_comparison(
         store_endpoint: Address of the S3 server, e.g. MinIO or SeaweedFS; the default is that of the manifests' own.
         store_secret: Kubernetes secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and AWS_DEFAULT_REGION if it
             is not us-east-1.
-        score_secret: Kubernetes secret that tasks that score have in store_secret's place; its keys need not be able
-            to write models.
+        score_secret: Kubernetes secret for tasks that score, in store_secret's place; its keys need not be able to
+            write models.
         tracking_uri: Address of the MLflow server. Empty: no tracking.
         tracking_secret: Kubernetes secret with MLFLOW_TRACKING_USERNAME and _PASSWORD; may be absent.
         gpu_count: Accelerators (nvidia.com/gpu) of each pod that trains; pods that prepare data, sample or score take

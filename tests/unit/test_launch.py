@@ -24,9 +24,14 @@ from tests.kubernetes_api import Step, Trainer, api_server, schema_fault
 PLACE = Place("a_Run.1", "s3://spin/runs", "http://s3:9000", "http://mlflow:5000")
 NAME = name_of(PLACE.store_uri, PLACE.run_key, 2)
 SECRET = {"name": "AWS_ACCESS_KEY_ID", "valueFrom": {"secretKeyRef": {"name": "spin-s3", "key": "AWS_ACCESS_KEY_ID"}}}
+# Not every secret has one.
+REGION = {
+    "name": "AWS_DEFAULT_REGION",
+    "valueFrom": {"secretKeyRef": {"name": "spin-s3", "key": "AWS_DEFAULT_REGION", "optional": True}},
+}
 SETTINGS = PodSettings(
     resources={"requests": {"cpu": "8", "memory": "64Gi"}, "limits": {"memory": "64Gi", "nvidia.com/gpu": "4"}},
-    env=[SECRET],
+    env=[SECRET, REGION],
     node_selector={"pool": "gpu"},
     tolerations=[{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
 )
@@ -103,7 +108,7 @@ def test_a_train_job_from_creation_to_completion(tmp_path: Path, capsys: pytest.
         "image": "spin:1",
         "numNodes": 2,
         "resourcesPerNode": SETTINGS.resources,
-        "env": [SECRET],
+        "env": [SECRET, REGION],
         "command": [
             *("python3", "-m", "spin", "train", "--run-key=a_Run.1", "--store-uri=s3://spin/runs"),
             *("--store-endpoint=http://s3:9000", "--tracking-uri=http://mlflow:5000", "--experiment=spin-diffusion"),
@@ -341,7 +346,7 @@ def test_the_task_hands_on_what_kubeflow_pipelines_gives_it(tmp_path: Path, monk
     model.path = str(tmp_path / "model")
     pod = dsl.TaskConfig(
         resources=dict(SETTINGS.resources),
-        env=[SECRET],
+        env=[SECRET, REGION],
         node_selector={"pool": "gpu"},
         tolerations=SETTINGS.tolerations,
     )
