@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from yaml import YAMLError
 
-from spin.config import RunConfig, TrainConfig, integral, merge, nearest, override, plain_yaml
+from spin.config import RunConfig, ScoreConfig, TrainConfig, integral, merge, nearest, override, plain_yaml
 from spin.errors import SpinError
 from spin.presets import PRESETS, preset, resolve
 
@@ -171,10 +171,13 @@ def test_no_step_trains_at_rate_zero() -> None:
     assert override(preset("sd15-paper"), {"train": {"steps": [501], "decay_steps": 0}}).train.steps == (501,)
 
 
-def test_other_data_leaves_the_small_worlds_wording() -> None:
+def test_other_data_leaves_the_small_worlds_wording_and_judge() -> None:
     own, other = resolve("emoji-cpu", "", "", {}).score, resolve("emoji-cpu", "", "./images", {}).score
-    assert (own.template, len(own.styles)) == ("{prompt}, openmoji style", 4)
+    assert (own.template, len(own.styles), own.clip_model) == ("{prompt}, openmoji style", 4, "emoji")
     assert (other.template, other.styles) == ("{prompt}", ())
+    assert (other.clip_model, other.frechet_model) == (ScoreConfig().clip_model, "")
+    named = {"clip_model": "emoji", "frechet_model": "emoji"}
+    assert resolve("emoji-cpu", "", "./images", {"score": named}).score.model_dump(include={*named}) == named
     assert resolve("emoji-cpu", "", "", {"data": {"source": "./images"}}).score.template == "{prompt}"
     assert resolve("emoji-cpu", "", "./images", {"score": {"template": "a {prompt}"}}).score.template == "a {prompt}"
 
