@@ -16,13 +16,13 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 from spin.config import MAX_YAML, plain_yaml
 from spin.errors import SpinError, printable
 
-KINDS: dict[str, tuple[type, ...]] = {
-    "STRING": (str,),
-    "NUMBER_INTEGER": (int,),
-    "NUMBER_DOUBLE": (int, float),
-    "BOOLEAN": (bool,),
-    "STRUCT": (dict,),
-    "LIST": (list,),
+KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "STRING": ("text", (str,)),
+    "NUMBER_INTEGER": ("a whole number", (int,)),
+    "NUMBER_DOUBLE": ("a number", (int, float)),
+    "BOOLEAN": ("true or false", (bool,)),
+    "STRUCT": ("a mapping", (dict,)),
+    "LIST": ("a list", (list,)),
 }
 
 
@@ -141,8 +141,9 @@ def check_parameters(package: Path, params: Mapping[str, Any]) -> None:
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
             raise SpinError(f"expected a pipeline parameter, got {name!r}; {hint}")
         kind = known[name]["parameterType"]
-        if not isinstance(value, KINDS[kind]) or (isinstance(value, bool) and kind != "BOOLEAN"):
-            raise SpinError(f"expected {kind} for parameter {name!r}, got {value!r}; change it in the parameters")
+        word, types = KINDS[kind]
+        if not isinstance(value, types) or (isinstance(value, bool) and kind != "BOOLEAN"):
+            raise SpinError(f"expected {word} for parameter {name!r}, got {value!r}; change it in the parameters")
         if (choices := known[name].get("literals")) and value not in choices:
             raise SpinError(f"expected {name} to be one of {', '.join(choices)}, got {value!r}; choose one")
     full: dict[str, Any] = {name: value.get("defaultValue") for name, value in known.items()} | dict(params)

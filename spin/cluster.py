@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spin.config import nearest
-from spin.errors import SpinError
+from spin.errors import SpinError, cause
 
 ACCELERATOR = "nvidia.com/gpu"
 SECONDS = 10.0
@@ -98,7 +98,7 @@ class Cluster:
             raise SpinError(f"expected {what}, got {error.status} {_message(error)}; {do}") from None
         except HTTPError as error:
             raise ClusterAwayError(
-                f"expected the Kubernetes API, got {type(error).__name__}; check the network policies of the runs"
+                f"expected the Kubernetes API, got {cause(error)}; check the network policies of the runs"
             ) from None
 
     def _list(self, what: str, function: Callable[..., Any], *arguments: str, **options: str) -> list[Any]:

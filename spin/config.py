@@ -130,14 +130,14 @@ class TrainConfig(_Config):
     link: Literal["logistic", "hinge", "correlation", "exponential"] = "logistic"
     """Decreasing convex function of the advantage: see ``spin.losses``. The paper trains with the logistic one."""
     beta: Annotated[tuple[PositiveFloat, ...], Field(min_length=1, max_length=1000)] = (2000.0, 5000.0)
-    """Strength per iteration, the last one repeated. It multiplies 1/2 of the difference of the *mean*-reduced
-    (over C, H, W) errors: see ``spin.losses.spin_loss``."""
+    """Strength per iteration, the last one repeated; a number is that of all. It multiplies 1/2 of the difference of
+    the *mean*-reduced (over C, H, W) errors: see ``spin.losses.spin_loss``."""
     trajectory_steps: Annotated[int, Field(gt=0, lt=1000)] = 20
     """``exact-spin``: steps of the reverse process."""
     trajectory_scale: PositiveFloat = 0.01
     """``exact-spin``: lambda of Eq. 3.8, in place of beta."""
     steps: Annotated[tuple[Steps, ...], Field(min_length=1, max_length=1000)] = (50, 500, 300)
-    """Optimizer steps per iteration, the last one repeated."""
+    """Optimizer steps per iteration, the last one repeated; a number is that of all."""
     batch_size: Many = 2048
     """Pairs per optimizer step, over all processes and micro-batches."""
     micro_batch_size: Positive = 8
@@ -191,6 +191,11 @@ class TrainConfig(_Config):
     checkpoint_every: Steps = 50
     """Steps between resumable checkpoints."""
     seed: Seed = 0
+
+    @field_validator("beta", "steps", mode="before")
+    @classmethod
+    def _one_for_all(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
     @property
     def needs_losers(self) -> bool:
@@ -366,7 +371,7 @@ def _readable(error: ValidationError) -> str:
     got = first.get("input")
     shown = "" if isinstance(got, dict | BaseModel) else f", got {brief(got)}"
     if should := re.match(r"(?:Input|Tuple) should (.+?)(?: after validation, .*)?$", message):
-        return f"expected {where} to {should[1]}{shown}; change it"
+        return f"expected {where} to {should[1].replace('a valid tuple', 'a list')}{shown}; change it"
     return f"{where}: {message}{shown}" if where else message
 
 

@@ -6,7 +6,7 @@ from urllib.parse import unquote, urlsplit
 
 import urllib3
 
-from spin.errors import SpinError
+from spin.errors import SpinError, cause
 from spin.store import digest_of, digest_of_file, kept
 
 MOST_BYTES = 64 * 2**20
@@ -35,8 +35,7 @@ def download(url: str, digest: str = "") -> Path:
                         raise SpinError(f"expected at most {MOST_BYTES} bytes, got more ({url}); it is another file")
         except urllib3.exceptions.HTTPError as error:
             raise SpinError(
-                f"expected a file, got {type(error).__name__} ({url}); check the network, or fetch it by hand and give "
-                "its path"
+                f"expected a file, got {cause(error)} ({url}); check the network, or fetch it by hand and give its path"
             ) from None
         if digest and (got := digest_of_file(target)) != digest:
             raise SpinError(f"expected {url} with digest {digest[:12]}, got {got[:12]}; it has changed")

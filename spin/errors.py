@@ -1,5 +1,8 @@
 """The one error that a user is meant to read."""
 
+import re
+import textwrap
+
 
 class SpinError(Exception):
     """A condition that the user can mend, said in one line: expected X, got Y (where); do Z.
@@ -15,6 +18,17 @@ class DamagedError(SpinError):
 def printable(text: str) -> str:
     """Return ``text`` fit for terminals and reports: control characters and surrogates escaped, length bounded."""
     return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text[:200])
+
+
+def cause(error: Exception) -> str:
+    """Return why a server gave no answer, in one short line, without what its clients wrap around that."""
+    text = str(getattr(error, "reason", None) or error).strip()
+    if wrapped := re.search(r"\(Caused by \w+\((.*)\)\)$", text):
+        text = wrapped[1].strip("'\"")
+    text = re.sub(r"^HTTPS?Connection(Pool)?\(.*?\): (Failed to establish a new connection: )?", "", text)
+    first = next(iter(text.splitlines()), type(error).__name__)
+    # Cut between words alone: no half of an address, whose password others look for, is left.
+    return printable(textwrap.shorten(first, 200, placeholder=" ...", break_on_hyphens=False, break_long_words=False))
 
 
 def brief(value: object) -> str:

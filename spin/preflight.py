@@ -19,7 +19,7 @@ from spin.config import RunConfig, ScoreConfig
 from spin.errors import SpinError
 from spin.gate import policy
 from spin.presets import resolve, room
-from spin.run import Run, whole_iteration
+from spin.run import Run, whole_iterations
 from spin.scorers import BUILT_IN
 from spin.stages import Place
 from spin.store import Store
@@ -172,7 +172,7 @@ def preflight(
         if train_nodes < 1:
             raise SpinError(f"expected at least 1 node to train on, got {train_nodes}; set train_nodes")
         config.train.check_processes(max(1, int(gpu_count)) * int(train_nodes))
-        return f"{preset}, {config.train.objective}, {whole_iteration(iterations, 1)} iteration(s)"
+        return f"{preset}, {config.train.objective}, {whole_iterations(iterations)} iteration(s)"
 
     check("options", options)
     opened: list[tuple[Store, float]] = []
@@ -375,11 +375,11 @@ def _scorer(config: ScoreConfig, store: Store | None) -> str:
         if name in ("clip_score", "style_share"):
             found.append(_judge(config.clip_model, store))
         elif pin := config.weights.get(name):
-            found.append(_weights(pin.source, pin.revision, store))
+            found.append(_weights(pin.source, pin.revision, store, f"score.weights.{name}"))
         elif name == "pickscore":
             from spin.scorers.pickscore import PARTS
 
-            found += [_weights(part.repo, part.revision, store) for part in PARTS]
+            found += [_weights(part.repo, part.revision, store, "score.weights.pickscore") for part in PARTS]
         elif name in BUILT_IN:
             raise SpinError(
                 f"expected weights for the scorer {name}, got none; convert its authors' with `python -m spin "
@@ -394,21 +394,21 @@ def _judge(name: str, store: Store | None) -> str:
     folder = Path(Clip.find(name))
     if name != "emoji" and not folder.exists() and not name.startswith(("/", ".", "~")):
         source, _, revision = name.partition("@")
-        return _weights(source, revision, store)
+        return _weights(source, revision, store, "score.clip_model")
     files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     if "config.json" not in files or not any(file.endswith(".safetensors") for file in files):
         raise SpinError(f"expected a CLIP folder with safetensors, got {name!r}; set score.clip_model")
     return name
 
 
-def _weights(source: str, revision: str, store: Store | None) -> str:
+def _weights(source: str, revision: str, store: Store | None, named_by: str) -> str:
     """Look a scorer's weights up where they are, without fetching them."""
     if source.startswith("s3://"):
         if store is None:
             raise _Skip("S3 is out of reach")
         store.sizes(source)
     elif not Path(source).expanduser().is_dir():
-        Part(source, revision or "main", ("config.json",)).fetch()
+        Part(source, revision or "main", ("config.json",)).fetch(named_by)
     return source
 
 

@@ -83,9 +83,10 @@ ROOM = {
 
 
 def room(config: RunConfig) -> dict[str, Room]:
-    """Return what the pods of a run ask for, by work; a base model other than its preset's is taken for a large one."""
-    own = config.base_model == preset(config.preset).base_model
-    return ROOM[config.preset if own else "sd15-paper"]
+    """Return what the pods of a run ask for, by work; another base model or judge than the preset's counts as large."""
+    own = preset(config.preset)
+    known = (config.base_model, config.score.clip_model) == (own.base_model, own.score.clip_model)
+    return ROOM[config.preset if known else "sd15-paper"]
 
 
 def preset(name: str) -> RunConfig:
@@ -106,7 +107,8 @@ def resolve(name: str, base_model: str, data_source: str, overrides: dict[str, A
     data = overrides.get("data") if isinstance(overrides, dict) else None
     source = (data.get("source") if isinstance(data, dict) else None) or data_source
     if source and source != config.data.source:
-        # The preset's wording of the prompts and its styles are those of its own data.
+        # The preset's wording of the prompts, its styles and its judges know its own data alone.
+        general = ScoreConfig().model_dump(include={"template", "styles", "clip_model", "frechet_model"})
         scorers = [name for name in config.score.scorers if name != "style_share"]
-        named_options["score"] = {"template": "{prompt}", "styles": [], "scorers": scorers}
+        named_options["score"] = {**general, "scorers": scorers}
     return override(override(config, named_options), overrides)

@@ -37,7 +37,7 @@ from minio.helpers import DictType
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from spin.disk import room_in
-from spin.errors import DamagedError, SpinError
+from spin.errors import DamagedError, SpinError, cause
 
 logger = logging.getLogger("spin")
 SOON = urllib3.Retry(
@@ -290,7 +290,7 @@ class Store:
             ) from None
         except (urllib3.exceptions.HTTPError, InvalidResponseError, ServerError, ParseError) as error:
             raise SpinError(
-                f"expected an S3 server, got {type(error).__name__} {where}; check store_endpoint and the network"
+                f"expected an S3 server, got {cause(error)} {where}; check store_endpoint and the network"
             ) from None
         except ValueError as error:
             # The client's own check of names, before anything is sent.

@@ -28,7 +28,7 @@ from typing import Any
 
 from spin.config import GenerateConfig, RunConfig
 from spin.disk import scratch
-from spin.errors import SpinError
+from spin.errors import SpinError, cause
 from spin.run import Index
 from spin.stages import Place, logger
 from spin.store import digest_of, digest_of_file
@@ -54,9 +54,8 @@ def without_password(text: str) -> str:
     return re.sub(r"(?<=://)[^/\s]*@", "", text)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return without_password(lines[0])[:200] if lines else type(error).__name__
+def _why(error: Exception) -> str:
+    return without_password(cause(error))
 
 
 def check_address(uri: str) -> None:
@@ -104,7 +103,7 @@ def server_version(uri: str) -> str:
         answer = http_request(get_default_host_creds(uri), "/version", "GET", timeout=10, max_retries=0)
         return str(answer.text).strip()
     except MlflowException as error:
-        said = _first_line(error)
+        said = _why(error)
         if "Invalid Host header" in str(error):
             do = "add the host and port of tracking_uri to the server's MLFLOW_SERVER_ALLOWED_HOSTS"
         elif "401" in said or "403" in said or "authenti" in said.lower():
@@ -272,7 +271,7 @@ class StageLog:
             self._away_until = time.monotonic() + SECONDS_BEFORE_RETRY * random.uniform(1, 1.5)
             if not self.warned:
                 where = without_password(self.place.tracking_uri)
-                logger.warning("MLflow at %s is out of reach (%s); going on without it", where, _first_line(error))
+                logger.warning("MLflow at %s is out of reach (%s); going on without it", where, _why(error))
                 self.warned = True
             return False
 
@@ -534,7 +533,7 @@ class Registry:
         # Uploads of files fail in the words of what carries them: the server's answer, or S3's where it is no proxy.
         except (MlflowException, RequestException, Boto3Error, BotoCoreError, ClientError) as error:
             raise SpinError(
-                f"expected the MLflow registry at {without_password(self._uri)}, got {_first_line(error)}; check "
+                f"expected the MLflow registry at {without_password(self._uri)}, got {_why(error)}; check "
                 "tracking_uri and the names, and try again"
             ) from None
 

@@ -31,8 +31,8 @@ class Part:
     revision: str
     files: tuple[str, ...] = PATTERNS
 
-    def fetch(self) -> Path:
-        """Return the folder of a download from the model hub.
+    def fetch(self, named_by: str = "the name") -> Path:
+        """Return the folder of a download from the model hub; ``named_by`` is the option to correct.
 
         Raises:
             SpinError: no such repository or revision, or no network.
@@ -45,7 +45,7 @@ class Part:
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
             raise SpinError(
                 f"expected {self.repo} at revision {self.revision} on the model hub, got {type(error).__name__}; check "
-                "the name and the network, or give a folder with these files"
+                f"{named_by} and the network, or give a folder with these files"
             ) from None
 
 
@@ -82,7 +82,7 @@ class Weights:
             if name.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name):
                 return name
             repository, _, revision = name.partition("@")
-            found = Part(repository, revision or "main").fetch()
+            found = Part(repository, revision or "main").fetch("score.clip_model")
         self.digests["clip_score"] = digest_of_weights(found)
         return str(found)
 
@@ -108,7 +108,7 @@ class Weights:
         elif pin.source.startswith(("/", ".", "~")):
             raise SpinError(f"expected a folder, got nothing at {pin.source} (score.weights.{scorer}); correct it")
         else:
-            folder = Part(pin.source, pin.revision or "main").fetch()
+            folder = Part(pin.source, pin.revision or "main").fetch(f"score.weights.{scorer}")
         self._check(scorer, folder, pin.digest if pin else "")
         return folder
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from yaml import YAMLError
 
-from spin.config import RunConfig, TrainConfig, integral, merge, nearest, override, plain_yaml
+from spin.config import RunConfig, ScoreConfig, TrainConfig, integral, merge, nearest, override, plain_yaml
 from spin.errors import SpinError
 from spin.presets import PRESETS, preset, resolve
 
@@ -50,7 +50,9 @@ def test_unknown_options_name_the_nearest(overrides: dict[str, Any], message: st
         ({"train": {"steps": [0]}}, "train.steps.0"),
         ({"train": {"steps": []}}, "train.steps"),
         ({"train": {"beta": []}}, "train.beta"),
-        ({"train": {"beta": 3000}}, "train.beta"),
+        ({"train": {"beta": -3000}}, "train.beta.0"),
+        ({"train": {"beta": "many"}}, "train.beta"),
+        ({"train": {"steps": True}}, "train.steps"),
         ({"train": {1: 2}}, "train.1"),
         ({"base_model": {"name": "x"}}, "base_model"),
         ({"train": {"batch_size": 32.5}}, "train.batch_size"),
@@ -171,10 +173,13 @@ def test_no_step_trains_at_rate_zero() -> None:
     assert override(preset("sd15-paper"), {"train": {"steps": [501], "decay_steps": 0}}).train.steps == (501,)
 
 
-def test_other_data_leaves_the_small_worlds_wording() -> None:
+def test_other_data_leaves_the_small_worlds_wording_and_judge() -> None:
     own, other = resolve("emoji-cpu", "", "", {}).score, resolve("emoji-cpu", "", "./images", {}).score
-    assert (own.template, len(own.styles)) == ("{prompt}, openmoji style", 4)
+    assert (own.template, len(own.styles), own.clip_model) == ("{prompt}, openmoji style", 4, "emoji")
     assert (other.template, other.styles) == ("{prompt}", ())
+    assert (other.clip_model, other.frechet_model) == (ScoreConfig().clip_model, "")
+    named = {"clip_model": "emoji", "frechet_model": "emoji"}
+    assert resolve("emoji-cpu", "", "./images", {"score": named}).score.model_dump(include={*named}) == named
     assert resolve("emoji-cpu", "", "", {"data": {"source": "./images"}}).score.template == "{prompt}"
     assert resolve("emoji-cpu", "", "./images", {"score": {"template": "a {prompt}"}}).score.template == "a {prompt}"
 
@@ -219,6 +224,15 @@ def test_configs_are_frozen() -> None:
 def test_the_last_beta_and_step_count_repeat() -> None:
     config = TrainConfig(beta=(2000, 5000), steps=(50, 500, 300))
     assert [config.of(k) for k in (1, 2, 3, 4)] == [(2000.0, 50), (5000.0, 500), (5000.0, 300), (5000.0, 300)]
+
+
+def test_one_beta_or_step_count_is_that_of_all_iterations() -> None:
+    one = override(preset("emoji-cpu"), {"train": {"beta": 3000, "steps": 100.0}})
+    assert one == override(preset("emoji-cpu"), {"train": {"beta": [3000], "steps": [100]}})
+    assert [one.train.of(k) for k in (1, 4)] == [(3000.0, 100)] * 2
+    assert refusal({"train": {"steps": "many"}}) == (
+        "expected train.steps to be a list, got 'many'; change it (in overrides)"
+    )
 
 
 def test_unknown_preset() -> None:

@@ -205,8 +205,11 @@ def test_the_demo_fits_a_small_node() -> None:
         assert number(handed.get(memory, memory)) <= 4 * 2**30, task
 
 
-def test_a_base_model_of_ones_own_has_the_room_of_a_large_one() -> None:
-    assert room(resolve("emoji-cpu", "", "/my/images", {})) == ROOM["emoji-cpu"]
+def test_a_model_of_ones_own_has_the_room_of_a_large_one() -> None:
+    assert room(resolve("emoji-cpu", "", "", {"train": {"beta": [1000]}})) == ROOM["emoji-cpu"]
+    # Data of one's own is scored by the general judge, which the demo's room does not hold.
+    assert room(resolve("emoji-cpu", "", "/my/images", {})) == ROOM["sd15-paper"]
+    assert room(resolve("emoji-cpu", "", "/my/images", {"score": {"clip_model": "emoji"}})) == ROOM["emoji-cpu"]
     assert room(resolve("emoji-cpu", "some/model", "", {})) == ROOM["sd15-paper"]
     assert room(resolve("emoji-cpu", "", "", {"base_model": "some/model"})) == ROOM["sd15-paper"]
     assert set(ROOM) == set(PRESETS)

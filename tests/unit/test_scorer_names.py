@@ -4,12 +4,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from typer.testing import CliRunner
 
-from spin import scorers
+from spin import preflight, scorers
 from spin.__main__ import app
 from spin.config import ScoreConfig
 from spin.errors import SpinError
@@ -46,6 +48,22 @@ def test_the_small_worlds_scorers_are_what_they_were() -> None:
     assert loaded[0].clip is loaded[1].clip
     assert loaded[0].template == "{prompt}, openmoji style"
     assert resolve("emoji-cpu", "", "./mine", {}).score.scorers == ("clip_score",)
+
+
+def test_a_general_judge_that_is_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(*_: object, **__: object) -> str:
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    config = resolve("emoji-cpu", "", "./mine", {}).score
+    line = (
+        r"^expected openai/clip-vit-large-patch14 at revision \w+ on the model hub, got LocalEntryNotFoundError; check "
+        r"score\.clip_model and the network, or give a folder with these files$"
+    )
+    with pytest.raises(SpinError, match=line):  # before a run
+        preflight._scorer(config, None)
+    with pytest.raises(SpinError, match=line):  # and as it begins
+        load("clip_score", Setting(config, CPU, Weights()))
 
 
 @pytest.mark.parametrize("name", sorted({*BUILT_IN} - {"clip_score", "style_share"}))
