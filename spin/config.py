@@ -286,8 +286,8 @@ class ScoreConfig(_Config):
     """CLIP folder, one on the run's S3 server (``s3://bucket/path``), or hub name, possibly with ``@revision``;
     ``emoji`` is the judge that ships with the package."""
     frechet_model: str = ""
-    """Image model, folder or hub name (``emoji``: the package's), in whose features the Fréchet distance to the
-    held-out real images is measured, one image per prompt; empty: it is not."""
+    """Image model in whose features the Fréchet distance to the held-out real images is measured, one image per prompt;
+    empty: it is not. Named as ``clip_model`` is; ``emoji`` is the one that ships with the package."""
     template: str = "{prompt}"
     """Text given to the CLIP scorer; ``{prompt}`` stands for the prompt."""
     styles: Annotated[tuple[str, ...], Field(max_length=1000)] = ()

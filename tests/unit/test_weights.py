@@ -2,7 +2,9 @@
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from spin.config import WeightsConfig
 from spin.errors import SpinError
 from spin.scorers import aesthetic, convert, image_reward
 from spin.scorers.convert import from_image_reward, from_open_clip, unpickled
+from spin.scoring import _common_weights
 from spin.store import digest_of_file
 from spin.weights import Part, Weights, digest_of_weights, network, read
 from tests import reference, tiny
@@ -98,6 +101,44 @@ def test_parts_of_the_hub_stand_side_by_side(tmp_path: Path, monkeypatch: pytest
     found = weights.folder("pickscore", parts)
     assert sorted(path.name for path in found.iterdir()) == ["model.safetensors", "vocab.json"]
     assert (found / "model.safetensors").read_bytes() == (folders["o/model"] / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("measure", "find"), [("clip_score", Weights.judge), ("frechet_distance", Weights.features)])
+def test_judge_and_image_model_are_found_alike_and_their_digests_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measure: str, find: Callable[[Weights, str], str]
+) -> None:
+    folder, asked = folder_of(tmp_path / "w"), []
+    monkeypatch.setattr(Part, "fetch", lambda part: asked.append((part.repo, part.revision)) or folder)
+    for name in (str(folder), "s3://models/w", "someone/w@c0ffee", "someone/w"):
+        weights = Weights({}, lambda uri: asked.append(uri) or folder)
+        assert find(weights, name) == str(folder)
+        assert weights.digests == {measure: digest_of_weights(folder)}
+    assert asked == ["s3://models/w", ("someone/w", "c0ffee"), ("someone/w", "main")]
+
+
+@pytest.mark.parametrize(
+    ("part", "measure", "find"),
+    [("judge", "clip_score", Weights.judge), ("features", "frechet_distance", Weights.features)],
+)
+def test_emoji_is_in_the_package(part: str, measure: str, find: Callable[[Weights, str], str]) -> None:
+    weights = Weights()
+    found = Path(find(weights, "emoji"))
+    assert found.parts[-3:] == ("spin", "emoji", part)
+    assert weights.digests == {measure: digest_of_weights(found)}
+    # What can be nothing but a folder is left to whoever loads it: that knows the option to name.
+    assert find(weights, "./nowhere") == "./nowhere"
+
+
+def test_real_images_are_measured_with_the_weights_of_the_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    forgotten: list[str] = []
+    monkeypatch.setattr("spin.scoring.forget", lambda _, stage: forgotten.append(stage))
+    weights = {"clip_score": "a", "frechet_distance": "b"}
+    parts = [SimpleNamespace(run=None, stage=f"shard {n}", facts={"weights": weights}) for n in range(2)]
+    assert _common_weights(parts, {"frechet_distance": "b"}) == _common_weights(parts, {}) == weights
+    assert not forgotten
+    with pytest.raises(SpinError, match=r"^expected real images scored with the weights of the first shard, got oth"):
+        _common_weights(parts, {"frechet_distance": "c"})
+    assert forgotten == ["shard 0", "shard 1"]
 
 
 def test_damaged_weights_are_refused(tmp_path: Path) -> None:
