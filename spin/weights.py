@@ -172,13 +172,17 @@ def read(folder: Path) -> "dict[str, torch.Tensor]":
     """Return the tensors of ``model.safetensors``.
 
     Raises:
-        SpinError: the file is damaged.
+        SpinError: there is no such file, or it is damaged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         return load_file(folder / "model.safetensors")
+    except FileNotFoundError:
+        raise SpinError(
+            f"expected intact weights, got none in {folder}; name the folder that holds model.safetensors"
+        ) from None
     except (SafetensorError, OSError) as error:
         raise SpinError(
             f"expected intact weights, got a damaged model.safetensors in {folder} ({type(error).__name__}); fetch it "

@@ -194,15 +194,22 @@ def test_converting_by_the_command(hps_file: Path, tmp_path: Path) -> None:
 
 def test_a_conversion_that_fails_leaves_nothing(hps_file: Path, tmp_path: Path) -> None:
     digest, target = digest_of_file(hps_file), tmp_path / "out"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"not a tensor")
     for scorer, options, message in (
         ("hpsv2_0", {}, "expected --digest, got none"),
         ("hpsv2_1", {}, "with digest c57a38fb4a2f, got"),
         ("hpsv2_0", {"digest": "0" * 64}, "with digest 000000000000, got"),
         ("pickscore", {"digest": digest}, "expected one of hpsv2_0, hpsv2_1, image_reward, aesthetic, got 'pickscore'"),
         ("image_reward", {"digest": digest, "rest": tmp_path / "nowhere"}, "expected BERT's vocabulary"),
+        ("hpsv2_0", {"digest": digest, "rest": tmp_path / "empty"}, "expected CLIP's tokenizer in .*empty, got none"),
+        ("aesthetic", {"digest": digest, "rest": tmp_path / "empty"}, "expected intact weights, got none in .*empty"),
+        ("aesthetic", {"digest": digest, "rest": tmp_path / "damaged"}, "expected intact weights, got a damaged"),
     ):
-        with pytest.raises(SpinError, match=message):
+        with pytest.raises(SpinError, match=message) as refused:
             convert.convert(scorer, target, hps_file, **options)
+        assert "\n" not in str(refused.value)
         assert not target.exists()
         assert not list(tmp_path.glob(".part-*"))
     target.mkdir()
