@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ from spin.errors import SpinError
 from spin.run import Run, iteration_stage
 from spin.stages.generate import shard_stage
 from spin.stages.train import verdict_of
-from spin.stats import bootstrap, wins
 
 MOST_BYTES = 2_000_000
 PICTURE_BYTES = MOST_BYTES * 7 // 10
@@ -261,24 +261,24 @@ def _cards(found: Gathered, verdicts: Sequence[tuple[str, str]]) -> list[tuple[s
         note = f"base {before}; best on validation: {report.row_name(chosen.iteration)}, {best}"
     cards = [(report.title_of(primary), now, note)]
     if rate := last.get("win_rate"):
-        cards.append(("Win rate over base", f"{100 * rate['value']:.0f} %", f"surely above {100 * rate['low']:.0f} %"))
+        cards.append(("Win rate over base", f"{100 * rate['value']:.0f} %", f"surely above {_floor(rate['low'])} %"))
     if verdicts:
         cards.append((report.row_name(found.iteration), *verdicts[-1]))
     return cards
 
 
+def _floor(share: float) -> int:
+    """Return the whole per cent that ``share`` surely reaches: rounded, 0.496 would be a half."""
+    # Of what floats make of 29 per cent, 28.999999999999996, it is 29.
+    return math.floor(round(100 * share, 6))
+
+
 def _wins(found: Gathered) -> Any:
-    rows, primary = [], found.primary
+    rows = []
     for before, k in zip(found.models, found.models[1:], strict=False):
-        ours = found.scores[k]
-        for rival in dict.fromkeys((0, before)):
-            theirs = found.scores[rival]
-            prompts: dict[str, list[float]] = {}
-            for place in ours.keys() & theirs.keys():
-                won = wins(np.array(ours[place][primary]), np.array(theirs[place][primary]))
-                prompts.setdefault(place[0], []).append(won.item())
-            share = bootstrap(np.array([np.mean(prompts[id]) for id in sorted(prompts)]), found.config.score.bootstrap)
-            rows.append((f"{report.row_name(k)} over {report.row_name(rival)}", k, share.as_dict()))
+        rates = found.scored[k].facts["win_rates"]["test"]
+        for rival in dict.fromkeys((report.row_name(0), report.row_name(before))):
+            rows.append((f"{report.row_name(k)} over {rival}", k, rates[rival][found.primary]))
     told = "; ".join(f"{name} {share['value']:.2f}" for name, _, share in rows)
     return charts.bars(rows, f"Win rates: {told}") if rows else None
 

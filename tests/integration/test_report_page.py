@@ -91,6 +91,12 @@ def test_every_picture_and_chart_has_words(scored: Scored) -> None:
     assert any("Loss (log 2 at the start): iteration 1 from 0.693" in str(label) for label in labels)
 
 
+def test_the_chart_of_wins_says_what_the_table_says(scored: Scored) -> None:
+    rate = scored.index.facts["win_rates"]["test"]["base"]["clip_score"]
+    value, low, high = (f"{rate[key]:.2f}" for key in ("value", "low", "high"))
+    assert f"iteration 1 over base: {value} [{low}, {high}]" in Page(scored.html).text
+
+
 def test_the_page_is_small(scored: Scored) -> None:
     assert len(scored.html.encode()) < MOST_BYTES / 10
 

@@ -3,6 +3,8 @@
 import base64
 import io
 import math
+from types import SimpleNamespace
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 
 from spin import charts
 from spin.errors import SpinError
-from spin.page import PICTURE_BYTES, shrunk
+from spin.page import PICTURE_BYTES, _cards, _wins, shrunk
 
 EVIL = "<script>alert(1)</script>\"'&"
 
@@ -97,3 +99,41 @@ def test_ticks_are_round_and_inside(low: float, high: float) -> None:
     assert 2 <= len(found) <= 6
     assert all(low <= tick <= high for tick in found)
     assert all(len(f"{tick:.3g}") <= 6 for tick in found)
+
+
+def share(value: float, low: float) -> dict[str, float]:
+    return {"value": value, "low": low, "high": 1.0}
+
+
+def gathered(models: list[int], *rates: dict[str, dict[str, float]]) -> Any:
+    """Return of a run what cards and win rates read; ``rates`` are those of iterations 0, 1, ... by earlier player."""
+    scored = []
+    for k, mine in enumerate(rates):
+        metrics = {"clip_score": share(20.0, 0)} | ({"win_rate": mine["base"]} if mine else {})
+        won = {title: {"clip_score": found} for title, found in mine.items()}
+        facts = {"metrics": {"test": metrics, "validation": metrics}, "win_rates": {"test": won}}
+        scored.append(SimpleNamespace(iteration=k, facts=facts))
+    return SimpleNamespace(iteration=models[-1], models=models, primary="clip_score", scored=scored)
+
+
+@pytest.mark.parametrize(("low", "told"), [(0.496, 49), (0.5, 50), (0.29, 29), (0.999, 99), (1.0, 100), (0.0, 0)])
+def test_surely_above_never_says_more_than_the_interval(low: float, told: int) -> None:
+    cards = _cards(gathered([0, 1], {}, {"base": share(1.0, low)}), [("improved", "well")])
+    assert cards[1] == ("Win rate over base", "100 %", f"surely above {told} %")
+
+
+def test_win_rates_are_those_of_the_table() -> None:
+    rates = [
+        {},
+        {"base": share(0.75, 0.5)},
+        {"base": share(0.8, 0.6), "iteration 1": share(0.7, 0.4)},
+        {"base": share(0.9, 0.8), "iteration 1": share(0.65, 0.3), "iteration 2": share(0.6, 0.2)},
+    ]
+    # Iteration 2 is not drawn: 3 stands beside the one drawn before it.
+    chart = drawn(str(_wins(gathered([0, 1, 3], *rates))))
+    assert [text.text for text in chart.findall("text")][:3] == [
+        "iteration 1 over base: 0.75 [0.50, 1.00]",
+        "iteration 3 over base: 0.90 [0.80, 1.00]",
+        "iteration 3 over iteration 1: 0.65 [0.30, 1.00]",
+    ]
+    assert _wins(gathered([0], {})) is None
