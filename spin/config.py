@@ -300,7 +300,7 @@ class ScoreConfig(_Config):
     bootstrap: Annotated[int, Field(gt=0, le=10**5)] = 2000
     """Resamples of the paired bootstrap over prompts."""
     sheet_prompts: Positive = 12
-    """Prompts on the contact sheet."""
+    """Prompts on the contact sheet and in the report; of many, as many as there is room for."""
 
     @field_validator("template")
     @classmethod

@@ -81,9 +81,8 @@ def score_player(scoring: Scoring, shards: int, clock: Clock) -> Index:
         for name in ("scores", "images"):
             _join([folder / f"{name}.parquet" for folder in folders], work / f"{name}.parquet")
             outputs[name] = run.store.put_file(work / f"{name}.parquet")
-        # Evenly over the split: neighbours in a data set are often alike.
-        shown = rows["test"][:: max(1, len(rows["test"]) // config.score.sheet_prompts)][: config.score.sheet_prompts]
         sheets = [run.store.get(index.outputs["images"]) for index in earlier] + [work / "images.parquet"]
+        shown = report.shown(rows["test"], config.score.sheet_prompts, len(sheets) + 1)
         images = [_first_images(path, [row.id for row in shown]) for path in sheets]
         report.contact_sheet(images, shown).save(work / "sheet.png")
         outputs["sheet"] = run.store.put_file(work / "sheet.png")

@@ -193,6 +193,19 @@ def test_drawn_and_real_images_are_in_one_feature_space(world: World, tmp_path: 
     assert score(place, 0, 2).index.facts["weights"]["frechet_distance"] == digest_of_weights(model)
 
 
+def test_no_number_of_prompts_is_too_many_for_the_sheet(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can't be lowered once the player is trained: the sheets show what they have room for."""
+    place = prepared(world, "long-sheet", sheet_prompts=10_000)
+    monkeypatch.setattr("spin.report.MOST_PICTURES", 4)
+    scored = score(place, 0)
+    count = scored.index.facts["prompts"]["test"]
+    assert count > 2
+    assert f"1 of {count} held-out prompts" in scored.html
+    # The base's picture and the real one of 2 prompts.
+    with Image.open(world.store().get(scored.index.outputs["sheet"])) as sheet:
+        assert sheet.width == 84 + 2 * 100
+
+
 def test_a_file_of_prompts_stands_for_the_test_split(world: World, tmp_path: Path) -> None:
     (tmp_path / "mine.csv").write_text("prompt,category\n<b>cat</b>,one\ncolour 3,two\ncolour 3,two\n")
     place = prepared(world, "own-prompts", prompts=str(tmp_path / "mine.csv"), images_per_prompt=3)

@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from spin import charts
-from spin.errors import SpinError
 from spin.page import PICTURE_BYTES, _cards, _wins, shrunk
 
 EVIL = "<script>alert(1)</script>\"'&"
@@ -33,19 +32,39 @@ def size_of(source: str) -> tuple[int, int]:
 def test_pictures_of_a_large_run_fit() -> None:
     large = noise(512)
     # A sheet of 12 prompts with 7 models and the real image, and 8 changes.
-    sources = shrunk(dict.fromkeys(range(12 * 8 + 16), large))
+    rows = [dict.fromkeys(((row, model) for model in range(8)), large) for row in range(12)]
+    sources, kept = shrunk(rows, dict.fromkeys(range(16), large))
+    assert kept == list(range(12))
+    assert len(sources) == 12 * 8 + 16
     assert sum(map(len, sources.values())) <= PICTURE_BYTES
     width, height = size_of(sources[0])
     assert 96 <= width == height < 192
 
 
 def test_small_pictures_are_not_enlarged() -> None:
-    assert size_of(shrunk({"a": noise(64)})["a"]) == (64, 64)
+    sources, _ = shrunk([{"a": noise(64)}], {})
+    assert size_of(sources["a"]) == (64, 64)
 
 
-def test_too_many_pictures_are_told() -> None:
-    with pytest.raises(SpinError, match=r"^expected pictures that fit a page, got 3; lower score.sheet_prompts"):
-        shrunk({n: noise(64) for n in range(3)}, budget=100)
+def test_rows_beyond_the_budget_are_left_out_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spin.page.SIZES", ((48, 40),))
+    rows = [{row: noise(48, row), (row, "real"): noise(48, row)} for row in range(9)]
+    # One of the two stands in the first row too, and counts once.
+    always = {"change": noise(48), 0: noise(48)}
+    sources, kept = shrunk(rows, always)
+    assert kept == list(range(9))
+    size = max(map(len, sources.values()))
+    # There is room for ten: a change, and four rows of two.
+    sources, kept = shrunk(rows, always, budget=int(10.5 * size))
+    assert kept == [0, 2, 4, 6]
+    assert {size_of(source) for source in sources.values()} == {(48, 48)}
+    assert sources.keys() == {*always, *(key for row in kept for key in rows[row])}
+    assert sum(map(len, sources.values())) <= 10.5 * size
+
+
+def test_the_changes_are_shown_whatever_the_budget() -> None:
+    sources, kept = shrunk([{"a": noise(64)}], {"b": noise(64)}, budget=0)
+    assert (kept, sources.keys()) == ([], {"b"})
 
 
 def drawn(chart: str) -> ElementTree.Element:
