@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ from spin.errors import SpinError
 from spin.run import Run, iteration_stage
 from spin.stages.generate import shard_stage
 from spin.stages.train import verdict_of
-from spin.stats import bootstrap, wins
 
 MOST_BYTES = 2_000_000
 PICTURE_BYTES = MOST_BYTES * 7 // 10
@@ -90,10 +90,9 @@ class Gathered:
 
     @property
     def shown(self) -> list[Place]:
-        """Places on the contact sheet: first images, evenly over the prompts (neighbours are often alike)."""
+        """Places on the contact sheet: first images, the same ones whatever the number of iterations."""
         firsts = [place for place in self.scores[self.iteration] if place[1] == 0]
-        count = self.config.score.sheet_prompts
-        return firsts[:: max(1, len(firsts) // count)][:count]
+        return report.shown(firsts, self.config.score.sheet_prompts, MOST_MODELS + 1)
 
     def _path(self, iteration: int, name: str) -> Path:
         return self.run.store.get(self.scored[iteration].outputs[name])
@@ -158,13 +157,16 @@ def _spent(found: Gathered) -> list[dict[str, Any]]:
 def _html(found: Gathered, verdicts: Sequence[tuple[str, str]]) -> str:
     places, shown, primary = list(found.scores[found.iteration]), found.shown, found.primary
     best, worst = _changes(found, places)
-    pictures: dict[tuple[int, Place], bytes] = {}
-    for k in found.models:
-        wanted = [*shown, *(best + worst if k in (0, found.iteration) else [])]
-        drawn = found.images(k, wanted)
-        pictures |= {(k, place): drawn[place] for place in wanted}
     real = found.real_images([id for id, _ in shown])
-    sources = shrunk({**pictures, **real})
+    rows: list[dict[Any, bytes]] = [{id: real[id]} if id in real else {} for id, _ in shown]
+    changes: dict[Any, bytes] = {}
+    for k in found.models:
+        changed = best + worst if k in (0, found.iteration) else []
+        drawn = found.images(k, [*shown, *changed])
+        for row, place in zip(rows, shown, strict=True):
+            row[k, place] = drawn[place]
+        changes |= {(k, place): drawn[place] for place in changed}
+    sources, kept = shrunk(rows, changes)
 
     def cell(k: int, place: Place) -> Cell:
         row, name = found.scores[k][place], report.row_name(k)
@@ -190,7 +192,8 @@ def _html(found: Gathered, verdicts: Sequence[tuple[str, str]]) -> str:
         scores=report.table(found.scored),
         caption=report.caption(found.scored),
         verdicts=[(report.row_name(k), word, reason) for k, (word, reason) in enumerate(verdicts, 1)],
-        sheet=[strip(place) for place in shown],
+        sheet=[strip(shown[row]) for row in kept],
+        prompts=found.scored[-1].facts["prompts"]["test"],
         best=[change(place) for place in best],
         worst=[change(place) for place in worst],
         primary=report.title_of(primary),
@@ -226,18 +229,33 @@ def _changes(found: Gathered, places: Sequence[Place]) -> tuple[list[Place], lis
     return ranked[::-1][:count], ranked[:count]
 
 
-def shrunk(pictures: Mapping[Any, bytes], budget: int = PICTURE_BYTES) -> dict[Any, str]:
-    """Return pictures as data URIs that take at most ``budget`` characters together, never enlarged.
+def shrunk(
+    rows: Sequence[Mapping[Any, bytes]], always: Mapping[Any, bytes], budget: int = PICTURE_BYTES
+) -> tuple[dict[Any, str], list[int]]:
+    """Return pictures as data URIs that take at most ``budget`` characters together, and the rows that are among them.
 
-    Raises:
-        SpinError: there are too many even for the smallest size.
+    They are never enlarged. Rows are left out, evenly, where they do not fit even at the smallest size; the few
+    pictures in ``always`` never are.
     """
-    opened = {key: Image.open(io.BytesIO(data)).convert("RGB") for key, data in pictures.items()}
+    opened = {key: _opened(data) for part in (*rows, always) for key, data in part.items()}
     for side, quality in SIZES:
         sources = {key: _source(image, side, quality) for key, image in opened.items()}
         if sum(map(len, sources.values())) <= budget:
-            return sources
-    raise SpinError(f"expected pictures that fit a page, got {len(pictures)}; lower score.sheet_prompts")
+            return sources, list(range(len(rows)))
+    for count in range(len(rows), -1, -1):
+        kept = report.evenly(range(len(rows)), count)
+        left = {key: sources[key] for part in (*(rows[row] for row in kept), always) for key in part}
+        if sum(map(len, left.values())) <= budget:
+            break
+    return left, kept
+
+
+def _opened(data: bytes) -> Image.Image:
+    """Return a picture no larger than the page shows it, so that all of them have room in memory."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    largest = SIZES[0][0]
+    image.thumbnail((largest, largest), Image.Resampling.LANCZOS)
+    return image
 
 
 def _source(image: Image.Image, side: int, quality: int) -> str:
@@ -261,24 +279,24 @@ def _cards(found: Gathered, verdicts: Sequence[tuple[str, str]]) -> list[tuple[s
         note = f"base {before}; best on validation: {report.row_name(chosen.iteration)}, {best}"
     cards = [(report.title_of(primary), now, note)]
     if rate := last.get("win_rate"):
-        cards.append(("Win rate over base", f"{100 * rate['value']:.0f} %", f"surely above {100 * rate['low']:.0f} %"))
+        cards.append(("Win rate over base", f"{100 * rate['value']:.0f} %", f"surely above {_floor(rate['low'])} %"))
     if verdicts:
         cards.append((report.row_name(found.iteration), *verdicts[-1]))
     return cards
 
 
+def _floor(share: float) -> int:
+    """Return the whole per cent that ``share`` surely reaches: rounded, 0.496 would be a half."""
+    # Of what floats make of 29 per cent, 28.999999999999996, it is 29.
+    return math.floor(round(100 * share, 6))
+
+
 def _wins(found: Gathered) -> Any:
-    rows, primary = [], found.primary
+    rows = []
     for before, k in zip(found.models, found.models[1:], strict=False):
-        ours = found.scores[k]
-        for rival in dict.fromkeys((0, before)):
-            theirs = found.scores[rival]
-            prompts: dict[str, list[float]] = {}
-            for place in ours.keys() & theirs.keys():
-                won = wins(np.array(ours[place][primary]), np.array(theirs[place][primary]))
-                prompts.setdefault(place[0], []).append(won.item())
-            share = bootstrap(np.array([np.mean(prompts[id]) for id in sorted(prompts)]), found.config.score.bootstrap)
-            rows.append((f"{report.row_name(k)} over {report.row_name(rival)}", k, share.as_dict()))
+        rates = found.scored[k].facts["win_rates"]["test"]
+        for rival in dict.fromkeys((report.row_name(0), report.row_name(before))):
+            rows.append((f"{report.row_name(k)} over {rival}", k, rates[rival][found.primary]))
     told = "; ".join(f"{name} {share['value']:.2f}" for name, _, share in rows)
     return charts.bars(rows, f"Win rates: {told}") if rows else None
 

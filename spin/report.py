@@ -4,7 +4,7 @@ import html
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image, ImageDraw
 
@@ -13,6 +13,8 @@ from spin.run import Index
 
 if TYPE_CHECKING:
     from spin.data.dataset import HeldOut, Prompt
+
+Item = TypeVar("Item")
 
 TITLES = {
     "clip_score": "CLIP score",
@@ -29,6 +31,8 @@ TITLES = {
 DIGITS = {"clip_score": 2, "hpsv2_0": 4, "hpsv2_1": 4}
 """Decimals that a scale deserves, where they are not three."""
 MARGIN = 4
+MOST_PICTURES = 1000
+"""On a sheet: far more than anyone looks at, and no more than memory, MLflow and a page of 2 MB have room for."""
 MOST_SCALARS = 10
 
 
@@ -44,6 +48,18 @@ class Table:
     header: list[str]
     body: list[list[str]]
     note: str = ""
+
+
+def evenly(items: Sequence[Item], count: int) -> list[Item]:
+    """Return ``count`` of ``items``, at most all, evenly apart: neighbours in a data set are often alike."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def shown(items: Sequence[Item], asked: int, pictures: int) -> list[Item]:
+    """Return the ``items`` of a split that a sheet shows, with ``pictures`` of each: as many as asked for, at most as
+    many as it has room for."""
+    return evenly(items, min(asked, max(1, MOST_PICTURES // pictures)))
 
 
 def row_name(iteration: int) -> str:

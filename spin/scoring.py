@@ -5,7 +5,7 @@ loses the chunk it was at. Shards share the chunks, and whoever gathers them put
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +73,16 @@ def score_player(scoring: Scoring, shards: int, clock: Clock) -> Index:
                 for shard in range(min(shards, len(chunks)))
             ]
         folders = _whole(chunks, parts)
-        weights = _common_weights(parts)
+        here = Weights(config.score.weights, run.store.download)
+        features = _features(config.score, here)
+        weights = _common_weights(parts, here.digests)
         names = with_average(config.score.scorers)
         outputs = {}
         for name in ("scores", "images"):
             _join([folder / f"{name}.parquet" for folder in folders], work / f"{name}.parquet")
             outputs[name] = run.store.put_file(work / f"{name}.parquet")
-        # Evenly over the split: neighbours in a data set are often alike.
-        shown = rows["test"][:: max(1, len(rows["test"]) // config.score.sheet_prompts)][: config.score.sheet_prompts]
         sheets = [run.store.get(index.outputs["images"]) for index in earlier] + [work / "images.parquet"]
+        shown = report.shown(rows["test"], config.score.sheet_prompts, len(sheets) + 1)
         images = [_first_images(path, [row.id for row in shown]) for path in sheets]
         report.contact_sheet(images, shown).save(work / "sheet.png")
         outputs["sheet"] = run.store.put_file(work / "sheet.png")
@@ -91,10 +92,9 @@ def score_player(scoring: Scoring, shards: int, clock: Clock) -> Index:
             "images_per_prompt": n,
             "weights": weights,
         }
-        if config.score.frechet_model:
+        if features:
             _join([folder / "features.parquet" for folder in folders], work / "features.parquet")
             outputs["features"] = run.store.put_file(work / "features.parquet")
-            features = Features(config.score.frechet_model, models.best_device())
             facts["frechet_distance"] = _distances(features, rows, pq.read_table(work / "features.parquet"))
     rivals = {
         report.row_name(index.iteration): pq.read_table(run.store.get(index.outputs["scores"])) for index in earlier
@@ -159,7 +159,7 @@ def _draw(scoring: Scoring, data: Dataset, chunks: list[Chunk], stage: str, cloc
     model = models.load(scoring.run.store.get(player))
     setting = Setting(config.score, model.device, Weights(config.score.weights, scoring.run.store.download))
     scorers = load_all(setting)
-    features = Features(config.score.frechet_model, models.best_device()) if config.score.frechet_model else None
+    features = _features(config.score, setting.weights)
     flops = flops_per_image(model, data.latents_shape, config.generate, decoded=True)
     whole = sum(len(jobs) for _, jobs in chunks)
     model.compile_for(config.compile, whole)
@@ -192,19 +192,26 @@ def _whole(chunks: Sequence[Chunk], parts: Sequence[Progress]) -> list[Path]:
     return [parts[i % len(parts)].folders[i // len(parts)] for i in range(len(chunks))]
 
 
-def _common_weights(parts: Sequence[Progress]) -> dict[str, str]:
-    """Return the weights that all shards were scored with.
+def _features(config: ScoreConfig, weights: Weights) -> Features | None:
+    """Return the image model of the Fréchet distance, where one is asked for."""
+    name = config.frechet_model
+    return Features(weights.features(name), models.best_device()) if name else None
+
+
+def _common_weights(parts: Sequence[Progress], here: Mapping[str, str]) -> dict[str, str]:
+    """Return the weights that all shards were scored with, and the real images too: those that were loaded ``here``.
 
     Raises:
         SpinError: they differ; then nothing of the shards is kept.
     """
     weights: dict[str, str] = parts[0].facts["weights"]
-    for part in parts:
-        if part.facts["weights"] != weights:
-            for other in parts:
-                forget(other.run, other.stage)
+    used = {part.stage: part.facts["weights"] for part in parts} | {"real images": {**weights, **here}}
+    for what, found in used.items():
+        if found != weights:
+            for part in parts:
+                forget(part.run, part.stage)
             raise SpinError(
-                f"expected {part.stage} scored with the weights of the first shard, got others; run all shards again"
+                f"expected {what} scored with the weights of the first shard, got others; run all shards again"
             )
     return weights
 
@@ -304,16 +311,14 @@ def best_and_worst(
     """Return the best and the worst of N draws for each of B prompts, latents [B, C, H, W].
 
     Raises:
-        SpinError: a score is no finite number.
+        SpinError: the scores are not one finite number per image.
     """
     scores = torch.stack(
         [
-            scorer.score([Image.fromarray(image) for image in decode(model, latents, precision).numpy()], prompts)
+            scored(scorer, [Image.fromarray(image) for image in decode(model, latents, precision).numpy()], prompts)
             for latents in draws_NBCHW
         ]
     )
-    if not scores.isfinite().all():
-        raise SpinError("expected finite scores, got NaN or infinity; check the player's images and the judge")
     rows = torch.arange(len(prompts))
     return draws_NBCHW[scores.argmax(0), rows], draws_NBCHW[scores.argmin(0), rows]
 

@@ -6,6 +6,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ class Weights:
         self._pins, self._download = pins or {}, download
         self._linked: list[tempfile.TemporaryDirectory[str]] = []
         self.digests: dict[str, str] = {}
-        """Digest of the weights of each scorer that was asked for."""
+        """Digest of the weights of each scorer that was asked for, and of the Fréchet distance's image model."""
 
     def fetched(self, source: str) -> str:
         """Return ``source``, or the local copy of an ``s3://`` address."""
@@ -75,15 +76,20 @@ class Weights:
 
     def judge(self, name: str) -> str:
         """Return the folder of ``score.clip_model``, or the name itself where it can be nothing but a folder."""
-        from spin.scorers.clip import Clip
+        return self._named("score.clip_model", "clip_score", "judge", name)
 
-        found = Path(Clip.find(self.fetched(name))).expanduser()
+    def features(self, name: str) -> str:
+        """Return the folder of ``score.frechet_model``, or the name itself where it can be nothing but a folder."""
+        return self._named("score.frechet_model", "frechet_distance", "features", name)
+
+    def _named(self, option: str, measure: str, part: str, name: str) -> str:
+        found = Path(packaged(part, self.fetched(name))).expanduser()
         if not found.is_dir():
             if name.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name):
                 return name
             repository, _, revision = name.partition("@")
-            found = Part(repository, revision or "main").fetch("score.clip_model")
-        self.digests["clip_score"] = digest_of_weights(found)
+            found = Part(repository, revision or "main").fetch(option)
+        self.digests[measure] = digest_of_weights(found)
         return str(found)
 
     def folder(self, scorer: str, parts: Sequence[Part] = ()) -> Path:
@@ -142,6 +148,11 @@ class Weights:
         self.digests[scorer] = got
 
 
+def packaged(part: str, name: str) -> str:
+    """Return the folder of the package's own ``part`` (``judge``, ``features``) for ``emoji``, else ``name``."""
+    return str(files("spin.emoji") / part) if name == "emoji" else name
+
+
 def digest_of_weights(folder: Path) -> str:
     """Return the SHA-256 that stands for a folder of weights: that of the names and digests of its files."""
     found = {path.name for pattern in PATTERNS for path in folder.glob(pattern)}
@@ -161,13 +172,17 @@ def read(folder: Path) -> "dict[str, torch.Tensor]":
     """Return the tensors of ``model.safetensors``.
 
     Raises:
-        SpinError: the file is damaged.
+        SpinError: there is no such file, or it is damaged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         return load_file(folder / "model.safetensors")
+    except FileNotFoundError:
+        raise SpinError(
+            f"expected intact weights, got none in {folder}; name the folder that holds model.safetensors"
+        ) from None
     except (SafetensorError, OSError) as error:
         raise SpinError(
             f"expected intact weights, got a damaged model.safetensors in {folder} ({type(error).__name__}); fetch it "

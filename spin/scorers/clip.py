@@ -5,8 +5,6 @@ that the diffusion literature quotes (about 20 to 35 with OpenAI's models).
 """
 
 from collections.abc import Callable, Sequence
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from spin.errors import SpinError
 from spin.models import complete, worded
 from spin.scorers import Setting
+from spin.weights import packaged
 
 BATCH = 64
 
@@ -96,7 +95,7 @@ class Clip(Towers):
     @staticmethod
     def find(name: str) -> str:
         """Return the folder or hub name behind ``name``; ``emoji`` is the judge of the package."""
-        return str(Path(str(files("spin.emoji") / "judge"))) if name == "emoji" else name
+        return packaged("judge", name)
 
 
 def processed(processor: Any) -> Callable[[list[Image.Image]], torch.Tensor]:
@@ -113,8 +112,7 @@ class ClipScore:
         self.clip, self.template = clip, template
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
-        texts = self.clip.texts([self.template.replace("{prompt}", prompt) for prompt in prompts])
-        return 100 * (self.clip.images(images) * texts).sum(-1).float().cpu()
+        return 100 * self.clip.cosines(images, [self.template.replace("{prompt}", prompt) for prompt in prompts])
 
 
 class StyleShare:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import BertTokenizer
 
 from spin.download import download
@@ -21,7 +21,7 @@ from spin.errors import SpinError
 from spin.models import worded
 from spin.scorers.pickscore import TOKENIZER
 from spin.store import digest_of_file
-from spin.weights import MADE_FOR, Part, digest_of_weights
+from spin.weights import MADE_FOR, Part, digest_of_weights, read
 
 Tensors = dict[str, torch.Tensor]
 
@@ -124,9 +124,11 @@ def from_image_reward(state: Mapping[str, torch.Tensor]) -> Tensors:
 
 
 def _hps(state: Tensors, rest: Path, folder: Path) -> Tensors:
-    for pattern in TOKENIZER.files:
-        for path in rest.glob(pattern):
-            shutil.copyfile(path, folder / path.name)
+    words = [path for pattern in TOKENIZER.files for path in rest.glob(pattern)]
+    if not words:
+        raise SpinError(f"expected CLIP's tokenizer in {rest}, got none; name the right folder")
+    for path in words:
+        shutil.copyfile(path, folder / path.name)
     return from_open_clip(state)
 
 
@@ -145,7 +147,7 @@ def _image_reward(state: Tensors, rest: Path, folder: Path) -> Tensors:
 
 
 def _aesthetic(state: Tensors, rest: Path, folder: Path) -> Tensors:  # noqa: ARG001
-    clip = load_file(rest / "model.safetensors")
+    clip = read(rest)
     vision = {f"vision.{k}": v for k, v in clip.items() if k.startswith(("vision_model.", "visual_projection."))}
     return vision | {f"head.{name.removeprefix('layers.')}": value for name, value in state.items()}
 

@@ -8,7 +8,6 @@ of one domain, only distances in one feature space and between sets of equal siz
 """
 
 from collections.abc import Sequence
-from importlib.resources import files
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from spin.errors import SpinError
 from spin.models import complete
+from spin.weights import packaged
 
 BATCH = 64
 
@@ -26,11 +26,11 @@ class Features:
     """A frozen image model with its preprocessing, in float32 on ``device``; only safetensors is loaded.
 
     Raises:
-        SpinError: ``name`` is no such model; ``emoji`` is the one of the package.
+        SpinError: ``name`` is no folder of such a model; ``emoji`` is the one of the package.
     """
 
     def __init__(self, name: str, device: torch.device):
-        folder = str(files("spin.emoji") / "features") if name == "emoji" else name
+        folder = packaged("features", name)
         try:
             self.model = complete(
                 AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True)

@@ -83,7 +83,7 @@ def _prepare(run: Run, config: RunConfig, inputs: dict[str, Any], clock: Clock, 
     for name in config.score.scorers:
         load(name, setting)
     if config.score.frechet_model:
-        Features(config.score.frechet_model, model.device)
+        Features(setting.weights.features(config.score.frechet_model), model.device)
     asked = {"prompts": prompts.stored(run.store, config.score.prompts)} if config.score.prompts else {}
     with scratch() as work:
         data = config.data.model_copy(update={"source": local(config.data.source)})

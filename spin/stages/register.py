@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from spin import gate
-from spin.config import RunConfig, ScoreConfig
+from spin.config import MOST_GUIDANCE, GenerateConfig, RunConfig, ScoreConfig
 from spin.errors import SpinError
 from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iterations
 from spin.scorers import names
@@ -204,9 +204,9 @@ def _otherwise(run: Run, ours: Index, champion: Version, theirs: Index) -> str:
         other = Run(run.store, champion.tags[RUN_KEY]).config()
     except SpinError as error:
         return f"is of a run that this version cannot read ({error})"
-    weights = [index.facts.get("weights", {}) for index in (ours, theirs)]
-    names = gate.differences(run.config(), other) + gate.other_weights(*weights)
-    return f"was scored with another {', '.join(names)}" if names else ""
+    judges = [{k: v for k, v in index.facts.get("weights", {}).items() if k in names()} for index in (ours, theirs)]
+    differ = gate.differences(run.config(), other) + gate.other_weights(*judges)
+    return f"was scored with another {', '.join(differ)}" if differ else ""
 
 
 def _producer(key: str, *stages: Index) -> str:
@@ -216,14 +216,10 @@ def _producer(key: str, *stages: Index) -> str:
 
 def _card(run: Run, config: RunConfig, prepared: Index, candidate: Candidate) -> Card:
     """Return what the registry is told of a player."""
-    from spin.diffusion import is_flow
     from spin.models import scheduler_config
-    from spin.sampling import SOLVERS
 
     made = candidate.training
     model = made.outputs["model"]
-    asked = config.generate.solver
-    kind, options = SOLVERS["dpm-solver++" if asked == "auto" else asked]
     scores = {
         f"{split}.{metric}": float(estimate["value"])
         for split, metrics in candidate.scores.facts["metrics"].items()
@@ -254,5 +250,18 @@ def _card(run: Run, config: RunConfig, prepared: Index, candidate: Candidate) ->
         scores=scores,
         generate=config.generate,
         resolution=config.data.resolution,
-        solver={} if is_flow(scheduler_config(run.store.get(model))) else {"class": kind.__name__, **options},
+        solver=solver_of(config.generate, scheduler_config(run.store.get(model))),
     )
+
+
+def solver_of(drawn: GenerateConfig, scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the served player is told of how the scored images were drawn, beside the parameters of a request."""
+    from spin.sampling import scheduler_of
+
+    kind, options = scheduler_of(scheduler_config, drawn.solver)
+    return {
+        "class": kind.__name__,
+        "options": options,
+        "guidance_interval": list(drawn.guidance_interval),
+        "most_guidance": MOST_GUIDANCE,
+    }

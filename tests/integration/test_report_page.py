@@ -3,6 +3,7 @@
 import html.parser
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from spin.__main__ import app
-from spin.page import MOST_BYTES, build, last_scored
+from spin.page import MOST_BYTES, build, last_scored, shrunk
 from spin.stages import Place
 from spin.stages.generate import generate
 from spin.stages.prepare import prepare
@@ -91,6 +92,23 @@ def test_every_picture_and_chart_has_words(scored: Scored) -> None:
     assert all(labels)
     assert any("Win rates: iteration 1 over base" in str(label) for label in labels)
     assert any("Loss (log 2 at the start): iteration 1 from 0.693" in str(label) for label in labels)
+
+
+def test_the_chart_of_wins_says_what_the_table_says(scored: Scored) -> None:
+    rate = scored.index.facts["win_rates"]["test"]["base"]["clip_score"]
+    value, low, high = (f"{rate[key]:.2f}" for key in ("value", "low", "high"))
+    assert f"iteration 1 over base: {value} [{low}, {high}]" in Page(scored.html).text
+
+
+def test_the_page_says_how_many_prompts_it_shows(
+    world: World, place: Place, scored: Scored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = f"of {scored.index.facts['prompts']['test']} held-out prompts;"
+    assert f"3 {of}" in Page(scored.html).text
+    monkeypatch.setattr("spin.page.shrunk", partial(shrunk, budget=0))
+    page = Page(build(world.run(place.run_key), 1).html)
+    assert f"0 {of}" in page.text
+    assert [tag for tag, _ in page.elements].count("img") >= 4, "the changes are shown all the same"
 
 
 def test_the_page_is_small(scored: Scored) -> None:

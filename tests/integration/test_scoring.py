@@ -27,7 +27,7 @@ from spin.stages.prepare import prepare
 from spin.stages.register import register
 from spin.stages.score import score, score_shard
 from spin.stages.train import train
-from spin.weights import digest_of_weights
+from spin.weights import digest_of_weights, packaged
 from tests import tiny
 from tests.integration.world import BUCKET, World
 
@@ -165,6 +165,45 @@ def test_other_weights_are_not_put_beside(world: World, tmp_path: Path) -> None:
     (judge / "notes.txt").write_text("another")
     assert "expected the weights of clip_score that iteration 0 was scored with" in refusal(score, place, 1)
     assert world.run("other-judge").find("iteration-001/score") is None
+
+
+def test_distances_in_another_feature_space_are_not_put_beside(world: World, tmp_path: Path) -> None:
+    model = tmp_path / "features"
+    shutil.copytree(packaged("features", "emoji"), model)
+    place = prepared(world, "other-features", frechet_model=str(model))
+    base = score(place, 0).index
+    assert base.facts["weights"]["frechet_distance"] == digest_of_weights(model)
+    generate(place, 1)
+    train(place, 1)
+    (model / "notes.txt").write_text("another")
+    assert "expected the weights of frechet_distance that iteration 0 was scored with" in refusal(score, place, 1)
+    assert world.run("other-features").find("iteration-001/score") is None
+
+
+def test_drawn_and_real_images_are_in_one_feature_space(world: World, tmp_path: Path) -> None:
+    model = tmp_path / "features"
+    shutil.copytree(packaged("features", "emoji"), model)
+    place = prepared(world, "mixed-features", frechet_model=str(model))
+    score_shard(place, 0, 0, 2)
+    score_shard(place, 0, 1, 2)
+    (model / "notes.txt").write_text("another")
+    assert refusal(score, place, 0, 2).startswith("expected real images scored with the weights of the first shard")
+    for shard in range(2):
+        score_shard(place, 0, shard, 2)
+    assert score(place, 0, 2).index.facts["weights"]["frechet_distance"] == digest_of_weights(model)
+
+
+def test_no_number_of_prompts_is_too_many_for_the_sheet(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can't be lowered once the player is trained: the sheets show what they have room for."""
+    place = prepared(world, "long-sheet", sheet_prompts=10_000)
+    monkeypatch.setattr("spin.report.MOST_PICTURES", 4)
+    scored = score(place, 0)
+    count = scored.index.facts["prompts"]["test"]
+    assert count > 2
+    assert f"1 of {count} held-out prompts" in scored.html
+    # The base's picture and the real one of 2 prompts.
+    with Image.open(world.store().get(scored.index.outputs["sheet"])) as sheet:
+        assert sheet.width == 84 + 2 * 100
 
 
 def test_a_file_of_prompts_stands_for_the_test_split(world: World, tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ from spin.report import (
     cell,
     contact_sheet,
     decision,
+    evenly,
     further,
     markdown,
     plain,
     row_name,
     scalars,
+    shown,
     spending,
     table,
 )  # fmt: skip
@@ -196,6 +198,20 @@ def test_the_gates_decision_by_hand() -> None:
         "| clip_score | 2.00 [1.00, 3.00] | above 0.5 | yes |",
     ]
     assert "Nothing registered" in decision(registered())
+
+
+def test_prompts_of_a_sheet_are_evenly_apart() -> None:
+    assert evenly("abcdefgh", 3) == ["a", "c", "f"]
+    assert evenly("abc", 9) == ["a", "b", "c"]
+    assert evenly("abc", 0) == evenly("", 4) == []
+
+
+def test_a_sheet_has_room_for_so_many_pictures() -> None:
+    split = range(20_000)
+    assert shown(split, 12, 8) == evenly(split, 12)
+    # The most that can be asked for, with 7 models and the real image: 1000 pictures.
+    assert shown(split, 10_000, 8) == evenly(split, 125)
+    assert shown(split, 10_000, 3000) == [0]
 
 
 def test_contact_sheet_layout() -> None:

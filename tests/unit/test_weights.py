@@ -2,7 +2,9 @@
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from spin.config import WeightsConfig
 from spin.errors import SpinError
 from spin.scorers import aesthetic, convert, image_reward
 from spin.scorers.convert import from_image_reward, from_open_clip, unpickled
+from spin.scoring import _common_weights
 from spin.store import digest_of_file
 from spin.weights import Part, Weights, digest_of_weights, network, read
 from tests import reference, tiny
@@ -100,6 +103,44 @@ def test_parts_of_the_hub_stand_side_by_side(tmp_path: Path, monkeypatch: pytest
     assert (found / "model.safetensors").read_bytes() == (folders["o/model"] / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(("measure", "find"), [("clip_score", Weights.judge), ("frechet_distance", Weights.features)])
+def test_judge_and_image_model_are_found_alike_and_their_digests_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measure: str, find: Callable[[Weights, str], str]
+) -> None:
+    folder, asked = folder_of(tmp_path / "w"), []
+    monkeypatch.setattr(Part, "fetch", lambda part: asked.append((part.repo, part.revision)) or folder)
+    for name in (str(folder), "s3://models/w", "someone/w@c0ffee", "someone/w"):
+        weights = Weights({}, lambda uri: asked.append(uri) or folder)
+        assert find(weights, name) == str(folder)
+        assert weights.digests == {measure: digest_of_weights(folder)}
+    assert asked == ["s3://models/w", ("someone/w", "c0ffee"), ("someone/w", "main")]
+
+
+@pytest.mark.parametrize(
+    ("part", "measure", "find"),
+    [("judge", "clip_score", Weights.judge), ("features", "frechet_distance", Weights.features)],
+)
+def test_emoji_is_in_the_package(part: str, measure: str, find: Callable[[Weights, str], str]) -> None:
+    weights = Weights()
+    found = Path(find(weights, "emoji"))
+    assert found.parts[-3:] == ("spin", "emoji", part)
+    assert weights.digests == {measure: digest_of_weights(found)}
+    # What can be nothing but a folder is left to whoever loads it: that knows the option to name.
+    assert find(weights, "./nowhere") == "./nowhere"
+
+
+def test_real_images_are_measured_with_the_weights_of_the_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    forgotten: list[str] = []
+    monkeypatch.setattr("spin.scoring.forget", lambda _, stage: forgotten.append(stage))
+    weights = {"clip_score": "a", "frechet_distance": "b"}
+    parts = [SimpleNamespace(run=None, stage=f"shard {n}", facts={"weights": weights}) for n in range(2)]
+    assert _common_weights(parts, {"frechet_distance": "b"}) == _common_weights(parts, {}) == weights
+    assert not forgotten
+    with pytest.raises(SpinError, match=r"^expected real images scored with the weights of the first shard, got oth"):
+        _common_weights(parts, {"frechet_distance": "c"})
+    assert forgotten == ["shard 0", "shard 1"]
+
+
 def test_damaged_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"not a tensor")
     with pytest.raises(SpinError, match=r"expected intact weights, got a damaged model\.safetensors"):
@@ -153,15 +194,22 @@ def test_converting_by_the_command(hps_file: Path, tmp_path: Path) -> None:
 
 def test_a_conversion_that_fails_leaves_nothing(hps_file: Path, tmp_path: Path) -> None:
     digest, target = digest_of_file(hps_file), tmp_path / "out"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"not a tensor")
     for scorer, options, message in (
         ("hpsv2_0", {}, "expected --digest, got none"),
         ("hpsv2_1", {}, "with digest c57a38fb4a2f, got"),
         ("hpsv2_0", {"digest": "0" * 64}, "with digest 000000000000, got"),
         ("pickscore", {"digest": digest}, "expected one of hpsv2_0, hpsv2_1, image_reward, aesthetic, got 'pickscore'"),
         ("image_reward", {"digest": digest, "rest": tmp_path / "nowhere"}, "expected BERT's vocabulary"),
+        ("hpsv2_0", {"digest": digest, "rest": tmp_path / "empty"}, "expected CLIP's tokenizer in .*empty, got none"),
+        ("aesthetic", {"digest": digest, "rest": tmp_path / "empty"}, "expected intact weights, got none in .*empty"),
+        ("aesthetic", {"digest": digest, "rest": tmp_path / "damaged"}, "expected intact weights, got a damaged"),
     ):
-        with pytest.raises(SpinError, match=message):
+        with pytest.raises(SpinError, match=message) as refused:
             convert.convert(scorer, target, hps_file, **options)
+        assert "\n" not in str(refused.value)
         assert not target.exists()
         assert not list(tmp_path.glob(".part-*"))
     target.mkdir()
