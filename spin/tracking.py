@@ -523,15 +523,13 @@ class Registry:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        from boto3.exceptions import Boto3Error
-        from botocore.exceptions import BotoCoreError, ClientError
         from mlflow.exceptions import MlflowException
         from requests import RequestException
 
         try:
             yield
-        # Uploads of files fail in the words of what carries them: the server's answer, or S3's where it is no proxy.
-        except (MlflowException, RequestException, Boto3Error, BotoCoreError, ClientError) as error:
+        # A file that is refused is told by the library that sends it.
+        except (MlflowException, RequestException) as error:
             raise SpinError(
                 f"expected the MLflow registry at {without_password(self._uri)}, got {_why(error)}; check "
                 "tracking_uri and the names, and try again"
