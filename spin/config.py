@@ -25,6 +25,7 @@ Seed = Annotated[int, Field(ge=0, le=2**53)]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+MOST_GUIDANCE = 1000
 MAX_YAML = 100_000
 """Characters of options and parameters."""
 
@@ -62,9 +63,9 @@ class GenerateConfig(_Config):
     Heun sampler, which looks twice at a step; ``euler`` is DDIM in other variables."""
     num_inference_steps: Positive = 20
     """Steps of the solver: DPM-Solver++'s 20 exceed PNDM's 50 in the paper's rebuttal."""
-    guidance_scale: Annotated[float, Field(ge=1, le=1000, allow_inf_nan=False)] = 7.5
+    guidance_scale: Annotated[float, Field(ge=1, le=MOST_GUIDANCE, allow_inf_nan=False)] = 7.5
     """Classifier-free guidance; 1 turns it off. The paper's SD-1.5 setting."""
-    opponent_guidance: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 0.0
+    opponent_guidance: Annotated[float, Field(ge=0, le=MOST_GUIDANCE, allow_inf_nan=False)] = 0.0
     """Guidance of the losers; 0: ``guidance_scale``, as in the paper. Guided losers are not quite the opponent's own
     distribution, whose unguided denoiser the loss compares; 1 draws that (method: the fixed point is then the data)."""
     guidance_interval: tuple[Share, Share] = (0.0, 1.0)

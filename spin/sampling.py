@@ -1,6 +1,6 @@
 """Draw images with a model: batched, by any of diffusers' solvers, seeded per prompt."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -68,6 +68,20 @@ SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
 """Schedulers of diffusion models by ``generate.solver``, with what must not be another one's setting."""
 
 
+def scheduler_of(scheduler_config: Mapping[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
+    """Return the kind of scheduler that ``generate.solver`` means for a model, and what must not be another's setting.
+
+    Raises:
+        SpinError: a flow model is asked for another solver than Euler.
+    """
+    if not is_flow(scheduler_config):
+        return SOLVERS["dpm-solver++" if name == "auto" else name]
+    if name not in ("auto", "euler"):
+        raise SpinError(f"expected generate.solver auto or euler for a flow model, got {name!r}; change it")
+    # Noise that the solver draws itself would not be the prompt's own.
+    return FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": False}
+
+
 def solver(model: Model, config: GenerateConfig, side: int) -> Any:
     """Return the scheduler that draws latents ``side`` wide, its steps set.
 
@@ -76,17 +90,11 @@ def solver(model: Model, config: GenerateConfig, side: int) -> Any:
     Raises:
         SpinError: a flow model is asked for another solver than Euler.
     """
-    steps, name = config.num_inference_steps, config.solver
-    scheduler: Any
+    kind, options = scheduler_of(model.scheduler_config, config.solver)
+    scheduler = kind.from_config(model.scheduler_config, **options)
     if not is_flow(model.scheduler_config):
-        kind, options = SOLVERS["dpm-solver++" if name == "auto" else name]
-        scheduler = kind.from_config(model.scheduler_config, **options)
-        scheduler.set_timesteps(steps)
+        scheduler.set_timesteps(config.num_inference_steps)
         return scheduler
-    if name not in ("auto", "euler"):
-        raise SpinError(f"expected generate.solver auto or euler for a flow model, got {name!r}; change it")
-    # Noise that the solver draws itself would not be the prompt's own.
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(model.scheduler_config, stochastic_sampling=False)
     shift = None
     if scheduler.config.use_dynamic_shifting:
         from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
@@ -94,7 +102,7 @@ def solver(model: Model, config: GenerateConfig, side: int) -> Any:
         patches, given = (side // latents_per_step(model.denoiser)) ** 2, scheduler.config
         lengths = given.base_image_seq_len, given.max_image_seq_len
         shift = calculate_shift(patches, *lengths, given.base_shift, given.max_shift)
-    scheduler.set_timesteps(steps, mu=shift)
+    scheduler.set_timesteps(config.num_inference_steps, mu=shift)
     return scheduler
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from spin import gate
-from spin.config import RunConfig
+from spin.config import MOST_GUIDANCE, GenerateConfig, RunConfig
 from spin.errors import SpinError
 from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iteration
 from spin.stages import Place, logger
@@ -196,14 +196,10 @@ def _producer(key: str, *stages: Index) -> str:
 
 def _card(run: Run, config: RunConfig, prepared: Index, candidate: Candidate) -> Card:
     """Return what the registry is told of a player."""
-    from spin.diffusion import is_flow
     from spin.models import scheduler_config
-    from spin.sampling import SOLVERS
 
     made = candidate.training
     model = made.outputs["model"]
-    asked = config.generate.solver
-    kind, options = SOLVERS["dpm-solver++" if asked == "auto" else asked]
     scores = {
         f"{split}.{metric}": float(estimate["value"])
         for split, metrics in candidate.scores.facts["metrics"].items()
@@ -235,5 +231,18 @@ def _card(run: Run, config: RunConfig, prepared: Index, candidate: Candidate) ->
         scores=scores,
         generate=config.generate,
         resolution=config.data.resolution,
-        solver={} if is_flow(scheduler_config(run.store.get(model))) else {"class": kind.__name__, **options},
+        solver=solver_of(config.generate, scheduler_config(run.store.get(model))),
     )
+
+
+def solver_of(drawn: GenerateConfig, scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the served player is told of how the scored images were drawn, beside the parameters of a request."""
+    from spin.sampling import scheduler_of
+
+    kind, options = scheduler_of(scheduler_config, drawn.solver)
+    return {
+        "class": kind.__name__,
+        "options": options,
+        "guidance_interval": list(drawn.guidance_interval),
+        "most_guidance": MOST_GUIDANCE,
+    }

@@ -15,12 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from mlflow import MlflowClient
 from PIL import Image
 
+from spin import models
+from spin.config import GenerateConfig
+from spin.sampling import decode, sample_latents
+from spin.stages.generate import generate
+from spin.stages.prepare import prepare
+from spin.stages.register import register
+from spin.stages.score import score
+from spin.stages.train import train
+from tests import tiny
 from tests.integration.conftest import Played
 from tests.integration.world import World
 
@@ -105,7 +116,7 @@ def test_equal_seeds_draw_equal_images(server: str) -> None:
     ("params", "line"),
     [
         ({"num_inference_steps": 0}, "expected num_inference_steps from 1 to 1000, got 0; change it"),
-        ({"guidance_scale": 0.5}, "expected guidance_scale from 1 to 100, got 0.5; change it"),
+        ({"guidance_scale": 0.5}, "expected guidance_scale from 1 to 1000, got 0.5; change it"),
         ({"seed": -1}, "expected seed from 0 to "),
     ],
 )
@@ -114,6 +125,37 @@ def test_parameters_out_of_range_are_told(server: str, params: dict[str, Any], l
         ask(server, ["colour 1"], **params)
     assert refused.value.code == 400
     assert line in json.loads(refused.value.read())["message"]
+
+
+def test_a_player_is_served_guided_where_it_was_scored_guided(world: World, tmp_path: Path) -> None:
+    """The interval goes from the run's options through the registry into what the packed model draws."""
+    place, options = world.place("guided-in-part", world.servers.mlflow_uri), tiny.overrides(world.judge)
+    # So much guidance that an untrained player is seen to hear it.
+    options["generate"] |= {"guidance_scale": 300, "guidance_interval": [0.25, 0.75], "num_inference_steps": 4}  # type: ignore[operator]
+    prepare(place, "emoji-cpu", str(world.base), str(world.images), options, iterations=1)
+    score(place, 0)
+    generate(place, 1)
+    train(place, 1)
+    score(place, 1)
+    made = register(place, "guided-in-part", 1)
+
+    client = MlflowClient(world.servers.mlflow_uri, world.servers.mlflow_uri)
+    source = client.get_model_version("guided-in-part", made.facts["version"]).source
+    player = mlflow.pyfunc.load_model(mlflow.artifacts.download_artifacts(source, dst_path=str(tmp_path)))
+    (answer,) = player.predict(pd.DataFrame({"prompt": ["colour 1"]}), params={"seed": 7})["image"]
+    found = np.asarray(Image.open(io.BytesIO(answer)), float)
+
+    model = models.load(world.store().get(made.outputs["model"]), torch.device("cpu"))
+    noise = torch.randn(1, *tiny.LATENTS, generator=torch.Generator().manual_seed(7))
+
+    def drawn(config: GenerateConfig) -> np.ndarray:
+        latents = sample_latents(model, ["colour 1"], noise, config, "fp32")
+        return decode(model, latents, "fp32").numpy()[0].astype(float)
+
+    as_scored = world.run(place.run_key).config().generate
+    assert abs(found - drawn(as_scored)).max() <= 1
+    throughout = as_scored.model_copy(update={"guidance_interval": (0.0, 1.0)})
+    assert abs(found - drawn(throughout)).max() > 50
 
 
 def test_the_packed_model_needs_nothing_of_spin(world: World, played: Played, tmp_path: Path) -> None:
