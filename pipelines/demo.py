@@ -199,12 +199,20 @@ def _show(folder: Path, summary: dict[str, Any]) -> None:
     for name, phase in summary["phases"].items():
         phases.add_row(name, f"{phase['seconds']:.1f}", str(phase["items"]))
     console.print(phases)
-    registry = summary["registry"]
     console.print(f"contact sheet   {summary['contact_sheet']}", soft_wrap=True)
-    console.print(f"registered      {registry['model_name']} version {registry['version']}, alias {registry['alias']}")
+    console.print(f"registered      {_registered(summary)}", markup=False, soft_wrap=True)
     console.print(f"summary         {folder / 'summary.json'}", soft_wrap=True)
     console.print(f"total           {summary['seconds']['total']:.0f} s (servers are stopped, data is kept)")
     console.print("look at it      make ui")
+
+
+def _registered(summary: dict[str, Any]) -> str:
+    """Return which version stands for the run, or why none does: the first iteration left no player."""
+    registry = summary["registry"]
+    if registry["version"]:
+        return f"{registry['model_name']} version {registry['version']}, alias {registry['alias']}"
+    training = summary["iterations"][1]["training"]
+    return f"nothing, as iteration 1 {training['verdict']} ({training['reason']})"
 
 
 if __name__ == "__main__":

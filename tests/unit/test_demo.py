@@ -1,6 +1,7 @@
 """What the demo makes of the pipeline's output, with a stand-in for the pipeline's command."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -61,3 +62,33 @@ def test_a_fault_without_words_leads_to_the_log(folder: Path) -> None:
 def test_there_is_nothing_to_look_at_before_a_demo(tmp_path: Path) -> None:
     with pytest.raises(SpinError, match=r"^expected the data of a demo, got none in .*; run `make demo` first$"):
         demo._serve(tmp_path, 5000)
+
+
+def summary(version: str, verdict: str) -> dict[str, Any]:
+    """Return of a summary what the closing lines read."""
+    estimate = {"value": 20.0, "low": 19.0, "high": 21.0}
+    training = {"verdict": verdict, "reason": "error on real images +40.0 %"}
+    return {
+        "iterations": [
+            {"iteration": 0, "metrics": {"test": {"clip_score": estimate}}},
+            {"iteration": 1, "metrics": {"test": {"clip_score": estimate}}, "training": training},
+        ],
+        "registry": {"model_name": "spin-emoji", "version": version, "alias": "challenger" if version else ""},
+        "phases": {"prepare": {"seconds": 1.0, "items": 2}},
+        "contact_sheet": "sheet.png",
+        "seconds": {"total": 3.0},
+    }
+
+
+@pytest.mark.parametrize(
+    ("version", "verdict", "line"),
+    [
+        ("3", "improved", "spin-emoji version 3, alias challenger"),
+        ("", "diverged", "nothing, as iteration 1 diverged (error on real images +40.0 %)"),
+    ],
+)
+def test_the_demo_says_what_was_registered_or_why_nothing_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], version: str, verdict: str, line: str
+) -> None:
+    demo._show(tmp_path, summary(version, verdict))
+    assert f"registered      {line}\n" in capsys.readouterr().out
