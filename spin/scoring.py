@@ -311,16 +311,14 @@ def best_and_worst(
     """Return the best and the worst of N draws for each of B prompts, latents [B, C, H, W].
 
     Raises:
-        SpinError: a score is no finite number.
+        SpinError: the scores are not one finite number per image.
     """
     scores = torch.stack(
         [
-            scorer.score([Image.fromarray(image) for image in decode(model, latents, precision).numpy()], prompts)
+            scored(scorer, [Image.fromarray(image) for image in decode(model, latents, precision).numpy()], prompts)
             for latents in draws_NBCHW
         ]
     )
-    if not scores.isfinite().all():
-        raise SpinError("expected finite scores, got NaN or infinity; check the player's images and the judge")
     rows = torch.arange(len(prompts))
     return draws_NBCHW[scores.argmax(0), rows], draws_NBCHW[scores.argmin(0), rows]
 

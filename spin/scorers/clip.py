@@ -112,8 +112,7 @@ class ClipScore:
         self.clip, self.template = clip, template
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
-        texts = self.clip.texts([self.template.replace("{prompt}", prompt) for prompt in prompts])
-        return 100 * (self.clip.images(images) * texts).sum(-1).float().cpu()
+        return 100 * self.clip.cosines(images, [self.template.replace("{prompt}", prompt) for prompt in prompts])
 
 
 class StyleShare:

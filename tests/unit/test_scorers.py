@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from spin import models
 from spin.errors import SpinError
 from spin.scorers import clip as module
-from spin.scorers.clip import Clip, ClipScore, StyleShare
+from spin.scorers.clip import Clip, ClipScore, StyleShare, Towers
 from spin.scoring import best_and_worst
 from tests import tiny
 
@@ -75,8 +75,11 @@ def test_style_share_is_the_share_of_best_fits(clip: Clip, judge: Path) -> None:
         assert ours[i] == float(fit.argmax() == 0)
 
 
-class Plane:
+class Plane(Towers):
     """Stands for a CLIP whose texts and images are directions in the plane, named by their degrees."""
+
+    def __init__(self) -> None:
+        """It has no network."""
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
         degrees = {
@@ -96,7 +99,7 @@ class Plane:
 
 
 def test_style_share_in_the_plane() -> None:
-    scorer = StyleShare(Plane(), ("ink", "oil"))  # type: ignore[arg-type]
+    scorer = StyleShare(Plane(), ("ink", "oil"))
     # a: ink at 0, oil at 90 degrees: 10 is ink, 80 is oil. b: ink at 180, oil at 270: 190 is ink, 260 is oil.
     # c: both at 45, a tie goes to the wanted style.
     scores = scorer.score([10, 80, 190, 260, 45], ["a", "a", "b", "b", "c"])  # type: ignore[list-item]
@@ -105,7 +108,7 @@ def test_style_share_in_the_plane() -> None:
 
 
 def test_clip_score_in_the_plane() -> None:
-    scorer = ClipScore(Plane(), "{prompt}, ink style")  # type: ignore[arg-type]
+    scorer = ClipScore(Plane(), "{prompt}, ink style")
     # cosines of 0, 60 and 180 degrees
     assert scorer.score([0, 60, 0], ["a", "a", "b"]).tolist() == pytest.approx([100.0, 50.0, -100.0], abs=1e-4)  # type: ignore[list-item]
 
@@ -181,5 +184,5 @@ def test_pairs_are_not_ranked_by_what_is_no_number(
 ) -> None:
     monkeypatch.setattr(Brightness, "score", lambda *_: torch.full((2,), torch.nan))
     draws = tiny.random_latents(4, seed=1).view(2, 2, *tiny.LATENTS)
-    with pytest.raises(SpinError, match=r"^expected finite scores, got NaN or infinity; "):
+    with pytest.raises(SpinError, match=r"^expected finite scores from brightness, got nan for 'a'; "):
         best_and_worst(draws, models.load(made("sd1"), CPU), Brightness(), ["a", "b"], "fp32")
