@@ -77,7 +77,8 @@ def server(world: World, played: Played, tmp_path_factory: pytest.TempPathFactor
 
 
 def ask(server: str, prompts: list[str], **params: Any) -> list[Image.Image]:
-    body = json.dumps({"dataframe_split": {"columns": ["prompt"], "data": [[p] for p in prompts]}, "params": params})
+    """Ask as ``docs/registry.md`` does."""
+    body = json.dumps({"inputs": {"prompt": prompts}, "params": params})
     request = urllib.request.Request(
         f"{server}/invocations", body.encode(), {"Content-Type": "application/json"}, method="POST"
     )
