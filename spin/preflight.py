@@ -373,7 +373,7 @@ def _scorer(config: ScoreConfig, store: Store | None) -> str:
     found = []
     for name in config.scorers:
         if name in ("clip_score", "style_share"):
-            found.append(_judge(config.clip_model, store))
+            found.append(_network("clip_model", config.clip_model, "judge", store))
         elif pin := config.weights.get(name):
             found.append(_weights(pin.source, pin.revision, store, f"score.weights.{name}"))
         elif name == "pickscore":
@@ -385,19 +385,22 @@ def _scorer(config: ScoreConfig, store: Store | None) -> str:
                 f"expected weights for the scorer {name}, got none; convert its authors' with `python -m spin "
                 f"convert-weights {name} FOLDER` and set score.weights.{name}.source"
             )
+    if config.frechet_model:
+        found.append(_network("frechet_model", config.frechet_model, "features", store))
     return ", ".join(dict.fromkeys(found)) or ", ".join(config.scorers)
 
 
-def _judge(name: str, store: Store | None) -> str:
-    from spin.scorers.clip import Clip
+def _network(option: str, name: str, part: str, store: Store | None) -> str:
+    """Look up the network that ``option`` names, a folder or a hub name; ``part`` is the package's own."""
+    from spin.weights import packaged
 
-    folder = Path(Clip.find(name))
-    if name != "emoji" and not folder.exists() and not name.startswith(("/", ".", "~")):
+    folder = Path(packaged(part, name)).expanduser()
+    if not folder.exists() and not name.startswith(("/", ".", "~")):
         source, _, revision = name.partition("@")
-        return _weights(source, revision, store, "score.clip_model")
+        return _weights(source, revision, store, f"score.{option}")
     files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     if "config.json" not in files or not any(file.endswith(".safetensors") for file in files):
-        raise SpinError(f"expected a CLIP folder with safetensors, got {name!r}; set score.clip_model")
+        raise SpinError(f"expected a folder with config.json and safetensors, got {name!r}; set score.{option}")
     return name
 
 

@@ -184,7 +184,7 @@ class Card:
         stage: the training stage, whose MLflow run the version belongs to.
         tags: lineage, with the tags ``RUN_KEY``, ``ITERATION`` and ``DIGEST``, which name the player.
         params, scores: columns of MLflow's table of models.
-        solver: options of the diffusion solver; empty: the model's own.
+        solver: how the served player draws, see ``register.solver_of``.
     """
 
     stage: str

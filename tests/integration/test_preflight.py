@@ -214,6 +214,8 @@ def test_a_scorer_without_weights(world: World, check: Callable[..., Report], tm
     overrides["score"]["clip_model"] = str(tmp_path)
 
     assert "set score.clip_model" in only(check(gpu_count=0, overrides=overrides), "scorer")
+    overrides["score"] |= {"clip_model": "emoji", "frechet_model": str(tmp_path)}
+    assert "set score.frechet_model" in only(check(gpu_count=0, overrides=overrides), "scorer")
 
 
 def test_options_that_make_no_run(check: Callable[..., Report]) -> None:

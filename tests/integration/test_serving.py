@@ -16,6 +16,7 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
@@ -76,7 +77,8 @@ def server(world: World, played: Played, tmp_path_factory: pytest.TempPathFactor
 
 
 def ask(server: str, prompts: list[str], **params: Any) -> list[Image.Image]:
-    body = json.dumps({"dataframe_split": {"columns": ["prompt"], "data": [[p] for p in prompts]}, "params": params})
+    """Ask as ``docs/registry.md`` does."""
+    body = json.dumps({"inputs": {"prompt": prompts}, "params": params})
     request = urllib.request.Request(
         f"{server}/invocations", body.encode(), {"Content-Type": "application/json"}, method="POST"
     )
@@ -141,7 +143,7 @@ def test_a_player_is_served_guided_where_it_was_scored_guided(world: World, tmp_
     client = MlflowClient(world.servers.mlflow_uri, world.servers.mlflow_uri)
     source = client.get_model_version("guided-in-part", made.facts["version"]).source
     player = mlflow.pyfunc.load_model(mlflow.artifacts.download_artifacts(source, dst_path=str(tmp_path)))
-    (answer,) = player.predict({"prompt": ["colour 1"]}, params={"seed": 7})["image"]
+    (answer,) = player.predict(pd.DataFrame({"prompt": ["colour 1"]}), params={"seed": 7})["image"]
     found = np.asarray(Image.open(io.BytesIO(answer)), float)
 
     model = models.load(world.store().get(made.outputs["model"]), torch.device("cpu"))
