@@ -28,9 +28,16 @@ Reason = Annotated[str, typer.Option(help="Why; others will read it.")]
 Experiment = Annotated[str, typer.Option(help="MLflow experiment.")]
 Iteration = Annotated[int, typer.Option(help="Self-play iteration, from 1.")]
 Shards = Annotated[int, typer.Option(help="Number of shards that the losers are drawn in.")]
+Preset = Annotated[str, typer.Option(help="emoji-cpu, sd15-paper or sd15-lora.")]
+BaseModel = Annotated[str, typer.Option(help="Diffusers folder (also s3://) or hub name; empty: the preset's.")]
+DataSource = Annotated[
+    str, typer.Option(help="Folder, .tar or .parquet (also s3://), or hf:NAME; empty: the preset's.")
+]
+Overrides = Annotated[str, typer.Option(help="Nested options as YAML or JSON, or @FILE.")]
+Gate = Annotated[str, typer.Option(help="The gate's policy as YAML or JSON, or @FILE; see docs/registry.md.")]
 
 
-def _overrides(value: str) -> dict[str, Any]:
+def _mapping(option: str, value: str, example: str = "{train: {beta: [3000]}}") -> dict[str, Any]:
     from spin.config import MAX_YAML, plain_yaml
 
     text = value
@@ -41,12 +48,18 @@ def _overrides(value: str) -> dict[str, Any]:
         parsed = plain_yaml(text) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         fault = printable(f"{type(error).__name__}: {getattr(error, 'problem', None) or error}")
-        raise SpinError(
-            f"expected overrides as YAML, JSON or @FILE, got {brief(value)} ({fault}); correct it"
-        ) from None
+        raise SpinError(f"expected {option} as YAML, JSON or @FILE, got {brief(value)} ({fault}); correct it") from None
     if not isinstance(parsed, dict):
-        raise SpinError(f"expected overrides as a mapping, got {brief(value)}; e.g. '{{train: {{beta: [3000]}}}}'")
+        raise SpinError(f"expected {option} as a mapping, got {brief(value)}; e.g. '{example}'")
     return parsed
+
+
+def _pool(option: str, value: str) -> dict[str, Any]:
+    return _mapping(option, value, "{node_selector: {pool: a100}}")
+
+
+def _gate(value: str) -> dict[str, Any]:
+    return _mapping("gate", value, "{win_rate: 0.6}")
 
 
 @app.command()
@@ -55,14 +68,15 @@ def preflight(
     store_endpoint: StoreEndpoint,
     run_key: Annotated[str, typer.Option(help="Name of the run, where it is to be resumed.")] = "preflight",
     tracking_uri: TrackingUri = "",
-    preset: Annotated[str, typer.Option(help="emoji-cpu, sd15-paper or sd15-lora.")] = "emoji-cpu",
-    base_model: Annotated[str, typer.Option(help="Diffusers folder or hub name; empty: the preset's.")] = "",
-    data_source: Annotated[str, typer.Option(help="Folder, .tar, .parquet or hf:NAME; empty: the preset's.")] = "",
-    overrides: Annotated[str, typer.Option(help="Nested options as YAML or JSON, or @FILE.")] = "{}",
+    preset: Preset = "emoji-cpu",
+    base_model: BaseModel = "",
+    data_source: DataSource = "",
+    overrides: Overrides = "{}",
     iterations: Annotated[int, typer.Option(help="Self-play iterations.")] = 1,
     gpu_count: Annotated[int, typer.Option(help="Accelerators per pod; 0: none.")] = 0,
     gpu_pool: Annotated[str, typer.Option(help="node_selector and tolerations of the nodes to use, as YAML.")] = "{}",
     draw_pool: Annotated[str, typer.Option(help="The same for sampling and scoring; empty: as gpu_pool.")] = "{}",
+    gate: Gate = "{}",
     train_nodes: Annotated[int, typer.Option(help="Nodes that train a player together.")] = 1,
 ) -> None:
     """Check a set-up before anything is computed; KUBECONFIG names the cluster that is looked at."""
@@ -71,9 +85,9 @@ def preflight(
     from spin.stages import Place
 
     place = Place(run_key, store_uri, store_endpoint, tracking_uri)
-    options = (preset, base_model, data_source, _overrides(overrides), iterations)
-    pool = (gpu_count, _overrides(gpu_pool), _overrides(draw_pool))
-    report = check(place, *options, *pool, train_nodes=train_nodes)
+    options = (preset, base_model, data_source, _mapping("overrides", overrides), iterations)
+    pool = (gpu_count, _pool("gpu_pool", gpu_pool), _pool("draw_pool", draw_pool))
+    report = check(place, *options, *pool, _gate(gate), train_nodes)
     typer.echo(report.markdown)
     refuse(report.faults)
 
@@ -85,10 +99,10 @@ def prepare(
     store_endpoint: StoreEndpoint,
     tracking_uri: TrackingUri = "",
     experiment: Experiment = "spin-diffusion",
-    preset: Annotated[str, typer.Option(help="emoji-cpu, sd15-paper or sd15-lora.")] = "emoji-cpu",
-    base_model: Annotated[str, typer.Option(help="Diffusers folder or hub name; empty: the preset's.")] = "",
-    data_source: Annotated[str, typer.Option(help="Folder, .tar, .parquet or hf:NAME; empty: the preset's.")] = "",
-    overrides: Annotated[str, typer.Option(help="Nested options as YAML or JSON, or @FILE.")] = "{}",
+    preset: Preset = "emoji-cpu",
+    base_model: BaseModel = "",
+    data_source: DataSource = "",
+    overrides: Overrides = "{}",
     iterations: Annotated[int, typer.Option(help="Self-play iterations that will follow; only checked.")] = 1,
 ) -> None:
     """Begin a run: check everything, store the base model, turn real images into latents."""
@@ -96,7 +110,7 @@ def prepare(
     from spin.stages.prepare import prepare as stage
 
     place = Place(run_key, store_uri, store_endpoint, tracking_uri, experiment)
-    _say(stage(place, preset, base_model, data_source, _overrides(overrides), iterations).facts)
+    _say(stage(place, preset, base_model, data_source, _mapping("overrides", overrides), iterations).facts)
 
 
 @app.command()
@@ -184,18 +198,22 @@ def score(
 
 @app.command()
 def report(
-    run_key: Annotated[str, typer.Argument(help="Name of the run in the store.")],
+    run_key: RunKey,
     store_uri: StoreUri,
     store_endpoint: StoreEndpoint,
-    iteration: Annotated[int, typer.Option(help="Report up to this iteration; -1: the last one that is scored.")] = -1,
+    iteration: Annotated[
+        int | None, typer.Option(help="Report up to this iteration; left out: the last one that is scored.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
 ) -> None:
     """Make the report of a run again, from what the store holds of it."""
     from spin import page
+    from spin.run import whole_iteration
     from spin.stages import Place
 
+    asked = None if iteration is None else whole_iteration(iteration, 0)
     run = Place(run_key, store_uri, store_endpoint).open()
-    pages = page.build(run, page.last_scored(run) if iteration < 0 else iteration)
+    pages = page.build(run, page.last_scored(run) if asked is None else asked)
     _write(output, pages.html)
     typer.echo(pages.markdown)
     typer.echo(f"written to {output}")
@@ -210,16 +228,14 @@ def register(
     tracking_uri: TrackingUri = "",
     model_name: Annotated[str, typer.Option(help="Name in the MLflow registry.")] = "spin-diffusion",
     experiment: Experiment = "spin-diffusion",
-    gate: Annotated[
-        str, typer.Option(help="The gate's policy as YAML or JSON, or @FILE; see docs/registry.md.")
-    ] = "{}",
+    gate: Gate = "{}",
 ) -> None:
     """Register every iteration's player, point the alias challenger at the best, judge it against the champion."""
     from spin.stages import Place
     from spin.stages.register import register as stage
 
     place = Place(run_key, store_uri, store_endpoint, tracking_uri, experiment)
-    _say(stage(place, model_name, iterations, _overrides(gate)).facts)
+    _say(stage(place, model_name, iterations, _gate(gate)).facts)
 
 
 @app.command()
@@ -276,7 +292,7 @@ def verify_scorers(
     from spin.presets import preset
     from spin.scorers.verify import verify
 
-    checks = verify(override(preset("sd15-paper"), _overrides(overrides)).score, only or [])
+    checks = verify(override(preset("sd15-paper"), _mapping("overrides", overrides)).score, only or [])
     table = Table("scorer", "example", "published", "here", "")
     for check in checks:
         wanted = "-" if check.published is None else f"{check.published:.4f}"

@@ -19,7 +19,7 @@ from spin.config import RunConfig, ScoreConfig
 from spin.errors import SpinError
 from spin.gate import policy
 from spin.presets import resolve, room
-from spin.run import Run, whole_iteration
+from spin.run import Run, whole_iterations
 from spin.scorers import BUILT_IN
 from spin.stages import Place
 from spin.store import Store
@@ -169,7 +169,7 @@ def preflight(
         if train_nodes < 1:
             raise SpinError(f"expected at least 1 node to train on, got {train_nodes}; set train_nodes")
         config.train.check_processes(max(1, int(gpu_count)) * int(train_nodes))
-        return f"{preset}, {config.train.objective}, {whole_iteration(iterations, 1)} iteration(s)"
+        return f"{preset}, {config.train.objective}, {whole_iterations(iterations)} iteration(s)"
 
     check("options", options)
     opened: list[tuple[Store, float]] = []

@@ -259,6 +259,17 @@ def whole_iteration(value: float, lowest: int) -> int:
     return int(value)
 
 
+def whole_iterations(value: float) -> int:
+    """Return ``value`` as a number of iterations.
+
+    Raises:
+        SpinError: it is below 1 or no whole number.
+    """
+    if not value >= 1 or value % 1:
+        raise SpinError(f"expected at least 1 iteration, got {value}; set iterations to how many are to be played")
+    return int(value)
+
+
 def whole_shards(value: float) -> int:
     """Return ``value`` as a number of shards.
 

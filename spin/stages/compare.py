@@ -8,7 +8,7 @@ from spin import report, tracking
 from spin.comparison import Arm, arms_of, begin, best, compare, costs, default_arms, rows_of
 from spin.emoji import Split
 from spin.errors import SpinError
-from spin.run import Clock, Index, Run, producer, whole_iteration, whole_shards
+from spin.run import Clock, Index, Run, producer, whole_iterations, whole_shards
 from spin.stages import Place, logger
 
 STAGE = "comparison"
@@ -23,7 +23,7 @@ class Compared:
 
 
 def _arms(run: Run, arms: Mapping[str, Any], iterations: int, seeds: float) -> list[Arm]:
-    iterations = whole_iteration(iterations, 1)
+    iterations = whole_iterations(iterations)
     if seeds % 1:
         raise SpinError(f"expected a whole number of seeds, got {seeds}; change it")
     pairs = run.need("prepare", STAGE).items

@@ -11,7 +11,7 @@ from spin.config import RunConfig
 from spin.disk import scratch
 from spin.errors import SpinError
 from spin.presets import resolve
-from spin.run import Clock, Index, Run, producer, whole_iteration
+from spin.run import Clock, Index, Run, producer, whole_iterations
 from spin.stages import Place, logger
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def prepare(
         SpinError: anything about the options, the store, the base model or the images that would stop the run later.
     """
     config = resolve(preset, base_model, data_source, overrides or {})
-    if whole_iteration(iterations, 1) > 1 and config.train.objective == "dpo":
+    if whole_iterations(iterations) > 1 and config.train.objective == "dpo":
         raise SpinError(
             f"expected 1 iteration for train.objective dpo, got {iterations}; its reference stays the base model"
         )

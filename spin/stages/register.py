@@ -7,9 +7,10 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from spin import gate
-from spin.config import RunConfig
+from spin.config import RunConfig, ScoreConfig
 from spin.errors import SpinError
-from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iteration
+from spin.run import Clock, Index, Run, iteration_stage, producer, whole_iterations
+from spin.scorers import names
 from spin.stages import Place, logger
 from spin.stages.promote import CHALLENGER, CHAMPION, make_champion
 from spin.stages.train import played, verdict_of
@@ -42,9 +43,11 @@ def register(place: Place, model_name: str, iterations: int, policy: Mapping[str
     Raises:
         SpinError: an iteration is incomplete, or the registry is out of reach (nothing is lost: run it again).
     """
-    iterations = whole_iteration(iterations, 1)
+    iterations = whole_iterations(iterations)
     if not model_name or any(sign in model_name for sign in "/:'\""):
         raise SpinError(f"expected a registry name without '/', ':' and quotes, got {model_name!r}; set model_name")
+    # What needs no run is looked at before the store is waited for.
+    gate.policy(dict(policy or {}), ScoreConfig(scorers=tuple(names()), styles=("any",)))
     run = place.open()
     config, clock = run.config(), Clock()
     asked, primary = gate.policy(dict(policy or {}), config.score), config.score.primary

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from typer.testing import CliRunner
 
+from spin.__main__ import app
 from spin.page import MOST_BYTES, build, last_scored
 from spin.stages import Place
 from spin.stages.generate import generate
@@ -99,6 +101,16 @@ def test_the_page_is_made_again_from_the_store(world: World, place: Place, score
     run = world.run(place.run_key)
     assert last_scored(run) == 1
     assert build(run, 1).html == scored.html
+
+
+def test_the_command_writes_the_page_of_the_last_iteration(
+    world: World, place: Place, scored: Scored, tmp_path: Path
+) -> None:
+    where = [f"--run-key={place.run_key}", f"--store-uri={world.store_uri}"]
+    where += [f"--store-endpoint={world.servers.s3_endpoint}", f"--output={tmp_path / 'page.html'}"]
+    ended = CliRunner().invoke(app, ["report", *where])
+    assert ended.exit_code == 0, ended.output
+    assert (tmp_path / "page.html").read_text() == scored.html
 
 
 def test_only_the_shown_part_of_the_data_set_is_fetched(

@@ -10,7 +10,7 @@ import pytest
 from spin.config import RunConfig, override
 from spin.errors import SpinError
 from spin.presets import preset
-from spin.run import Index, Run, iteration_stage, whole_iteration
+from spin.run import Index, Run, iteration_stage, whole_iteration, whole_iterations
 from spin.store import Ref
 from tests.integration.world import World
 
@@ -183,3 +183,10 @@ def test_iteration_is_a_whole_number(value: float, lowest: int) -> None:
 
 def test_iteration_may_come_as_a_float() -> None:
     assert repr(whole_iteration(2.0, 1)) == "2"
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, float("nan"), float("inf")])
+def test_a_number_of_iterations_is_a_count(value: float) -> None:
+    with pytest.raises(SpinError, match=f"^expected at least 1 iteration, got {value}; "):
+        whole_iterations(value)
+    assert repr(whole_iterations(2.0)) == "2"
