@@ -192,7 +192,8 @@ def _show(folder: Path, summary: dict[str, Any]) -> None:
     console.print(table)
     for row in summary["iterations"][1:]:
         training = row["training"]
-        console.print(f"{row_name(row['iteration'])}: {training['verdict']}, {training['reason']}", markup=False)
+        told = f"{row_name(row['iteration'])}: {training['verdict']}, {training['reason']}"
+        console.print(told, markup=False, soft_wrap=True)
     phases = Table(title="Work", title_justify="left")
     for title in ("phase", "seconds", "images or pairs"):
         phases.add_column(title)

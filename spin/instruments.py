@@ -137,7 +137,7 @@ def measure(opponent: GridErrors, player: GridErrors) -> dict[str, Any]:
 
 
 def verdict(measures: dict[str, Any], chosen: int | None = None) -> tuple[Verdict, str]:
-    """Return the verdict on an iteration and its reason, one line.
+    """Return the verdict on an iteration and its reason, one line that ends with the rule that decided.
 
     Where a held-out score chose the player, that score decides: ``improved``, or ``converged`` where no step was better
     than the opponent. The error is told beside it: it rises in a long fine-tuning whose images still get better.
@@ -161,10 +161,12 @@ def verdict(measures: dict[str, Any], chosen: int | None = None) -> tuple[Verdic
     if measures["images"] < FEWEST_IMAGES:
         return "improved", f"{told}: too few images to tell, raise data.held_out_share"
     if change["low"] > HARM:
-        return "diverged", told
-    if change["high"] < 0 or (accuracy and accuracy["low"] > 0.5):
-        return "improved", told
-    return "converged", told
+        return "diverged", f"{told}: the error surely rose by more than {100 * HARM:.0f} %"
+    if change["high"] < 0:
+        return "improved", f"{told}: the error surely fell"
+    if accuracy and accuracy["low"] > 0.5:
+        return "improved", f"{told}: told apart surely better than by chance"
+    return "converged", f"{told}: no sure change"
 
 
 def _percent(estimate: dict[str, float], signed: bool = False) -> str:

@@ -42,6 +42,25 @@ def test_only_the_stages_own_lines_are_shown(folder: Path, capsys: pytest.Captur
     assert not (folder / "local").exists()
 
 
+def test_the_verdicts_whole_reason_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reason = "error on 50 held-out real images -0.9 % [-2.0, +0.2], told from the opponent's 90.0 % [85.0, 95.0]: why"
+    test = {"test": {"clip_score": {"value": 1.0, "low": 0.5, "high": 1.5}}}
+    summary = {
+        "iterations": [
+            {"iteration": 0, "metrics": test},
+            {"iteration": 1, "metrics": test, "training": {"verdict": "improved", "reason": reason}},
+        ],
+        "phases": {"train": {"seconds": 1.0, "items": 1}},
+        "registry": {"model_name": "spin-emoji", "version": "1", "alias": "challenger"},
+        "contact_sheet": "sheet.png",
+        "seconds": {"total": 1.0},
+    }
+
+    demo._show(tmp_path, summary)
+
+    assert f"iteration 1: improved, {reason}" in capsys.readouterr().out.splitlines()
+
+
 def test_a_stages_own_fault_is_the_demos(folder: Path) -> None:
     command(folder, "print('spin.errors.SpinError: expected a, got b; do c')\nsys.exit(2)")
 

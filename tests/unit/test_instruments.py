@@ -133,6 +133,7 @@ def test_a_lower_error_on_real_images_is_an_improvement() -> None:
     word, reason = verdict(measure(grid(before), grid(before - around(0.02, 0.01, 1))))
     assert word == "improved"
     assert reason.startswith(f"error on {IMAGES} held-out real images -2.")
+    assert reason.endswith("]: the error surely fell")
 
 
 def test_telling_unseen_pairs_apart_without_harm_is_an_improvement() -> None:
@@ -143,19 +144,22 @@ def test_telling_unseen_pairs_apart_without_harm_is_an_improvement() -> None:
     word, reason = verdict(measures)
     assert word == "improved"
     assert "told from the opponent's 8" in reason
+    assert reason.endswith("]: told apart surely better than by chance")
 
 
 def test_no_sure_change_is_convergence() -> None:
     before, losers = around(1, 0.2, 0), around(0.5, 0.1, 2)
     measures = measure(grid(before, losers), grid(before + around(0, 0.005, 1), losers + around(0, 0.005, 3)))
-    assert verdict(measures)[0] == "converged"
+    word, reason = verdict(measures)
+    assert (word, reason.rpartition(": ")[2]) == ("converged", "no sure change")
 
 
 def test_ruined_real_images_are_divergence_however_many_pairs_are_won() -> None:
     before, losers = around(1, 0.2, 0), around(0.5, 0.1, 2)
     measures = measure(grid(before, losers), grid(before + around(0.05, 0.01, 1), losers + 1))
     assert measures["implicit_accuracy"]["value"] == 1
-    assert verdict(measures)[0] == "diverged"
+    word, reason = verdict(measures)
+    assert (word, reason.rpartition(": ")[2]) == ("diverged", "the error surely rose by more than 1 %")
 
 
 def test_a_held_out_score_decides_where_it_chooses() -> None:
