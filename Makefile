@@ -6,7 +6,7 @@ IMAGES := spin-diffusion/runtime-python:0.1.0 spin-diffusion/mlflow:0.1.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo ui demo-clean experiment test faults test-docker lint compile images sbom manifests clean
+.PHONY: help install demo ui demo-clean experiment test faults test-docker lint compile images sbom manifests clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -17,6 +17,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[pipelines,dev]'
 	touch $@
+
+install: $(READY) ## Set up .venv with everything, for the commands that are no target here
+	@echo "ready: . $(BIN)/activate"
 
 demo: $(READY) ## Self-play on emoji, two iterations, a few minutes on two CPU cores; run again to resume
 	@$(BIN)/python pipelines/demo.py
