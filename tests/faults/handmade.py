@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from spin import prompts
-from spin.__main__ import _overrides
+from spin.__main__ import _mapping
 from spin.config import DataConfig, override
 from spin.data.sources import Row, read
 from spin.errors import SpinError
@@ -291,7 +291,7 @@ add("prompts that refer to one", MUCH, prompt_table)
 
 
 def overrides(text: str) -> Case:
-    return lambda _: lambda: [override(preset("sd15-paper"), _overrides(text)).preset]
+    return lambda _: lambda: [override(preset("sd15-paper"), _mapping("overrides", text)).preset]
 
 
 ALIASES = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
