@@ -36,7 +36,7 @@ experiment: $(READY) ## Self-play against SFT on the test prompts, three seeds (
 test: $(READY) ## Every test that needs no docker
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not docker' --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
-faults: $(READY) ## Kill whole pipelines 50 times, at other moments each time, and load 100,000 pairs (two hours; SEED=1 repeats)
+faults: $(READY) ## Kill whole pipelines 50 times, at other moments each time, and load 100,000 pairs (hours on two cores; SEED=1 repeats)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/faults \
 	  --kills 50 --runs 10 --pairs 100000 --seed $(or $(SEED),$(shell date +%s))
 

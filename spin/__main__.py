@@ -73,7 +73,7 @@ def preflight(
     data_source: DataSource = "",
     overrides: Overrides = "{}",
     iterations: Annotated[int, typer.Option(help="Self-play iterations.")] = 1,
-    gpu_count: Annotated[int, typer.Option(help="Accelerators per pod; 0: none.")] = 0,
+    gpu_count: Annotated[int, typer.Option(help="Accelerators of each pod or node that trains; 0: none.")] = 0,
     gpu_pool: Annotated[str, typer.Option(help="node_selector and tolerations of the nodes to use, as YAML.")] = "{}",
     draw_pool: Annotated[str, typer.Option(help="The same for sampling and scoring; empty: as gpu_pool.")] = "{}",
     gate: Gate = "{}",
