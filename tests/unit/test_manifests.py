@@ -238,6 +238,15 @@ BROKEN = [
 ]
 
 
+def test_no_strangers_image_gets_the_keys(overlay: str, objects: list[policy.Object]) -> None:
+    """Our images are in no public registry: where nodes would look for them, as shipped, there is none."""
+    images = {c["image"] for _, pod in policy.workloads(objects) for c in policy.containers(pod)}
+    own = {image for image in images if "spin-diffusion/" in image}
+    assert own
+    # What is loaded into kind's node is not looked for.
+    assert overlay == "kind" or all(image.startswith("registry.invalid/") for image in own), own
+
+
 @pytest.mark.parametrize(("rule", "kind", "path", "value"), BROKEN)
 def test_the_rules_see_what_they_forbid(rule: Any, kind: str, path: list[Any], value: Any) -> None:
     objects = _golden("kind")
