@@ -421,7 +421,9 @@ def test_a_training_that_mlflow_missed_has_a_finished_run_below_the_pipelines(
     client: MlflowClient, world: World, played: Played
 ) -> None:
     world.copy(played.place.run_key, "untold")
-    world.minio().remove_object(BUCKET, f"{PREFIX}/runs/untold/register.json")
+    # Nor does the store know of a run in MLflow.
+    for name in ("register", "mlflow"):
+        world.minio().remove_object(BUCKET, f"{PREFIX}/runs/untold/{name}.json")
     register(world.place("untold", world.servers.mlflow_uri), "untold", 2)
     parent = only(client, "untold", "pipeline")
     for k in (1, 2):
@@ -433,6 +435,8 @@ def test_a_training_that_mlflow_missed_has_a_finished_run_below_the_pipelines(
 
 def test_a_run_that_has_all_its_stages_again_is_finished(client: MlflowClient, world: World, played: Played) -> None:
     world.copy(played.place.run_key, "failed-later")
+    for name in ("register", "mlflow"):
+        world.minio().remove_object(BUCKET, f"{PREFIX}/runs/failed-later/{name}.json")
     place = world.place("failed-later", world.servers.mlflow_uri)
     register(place, "failed-later", 2)
     with pytest.raises(SystemExit), tracking.stage(place, "iteration-002/train", 2):
