@@ -22,8 +22,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     faults.addoption("--seed", default="0", help="decides on the moments")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file, and all that look at the uninterrupted run, in one of several processes."""
+    """Keep the tests of a file, and all that look at the uninterrupted run, in one of several processes.
+
+    Before xdist looks for groups: each process would make an uninterrupted run of its own.
+    """
     for item in items:
         shared = "whole" in getattr(item, "fixturenames", ())
         item.add_marker(pytest.mark.xdist_group("whole" if shared else item.path.name))

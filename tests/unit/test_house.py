@@ -180,3 +180,9 @@ lines\"\"\"
 def test_lines_are_counted_by_hand() -> None:
     # import a; def f(; x,; ):; y = two; lines; return x
     assert code_lines(EXAMPLE) == 7
+
+
+def test_the_tests_of_a_file_share_a_process(request: pytest.FixtureRequest) -> None:
+    """xdist says so behind a test's name; where it does not, each process makes what a file's tests share."""
+    grouped = getattr(request.config.option, "loadgroup", False)
+    assert not grouped or request.node.nodeid.endswith("@test_house.py")

@@ -108,7 +108,7 @@ def test_judge_and_image_model_are_found_alike_and_their_digests_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measure: str, find: Callable[[Weights, str], str]
 ) -> None:
     folder, asked = folder_of(tmp_path / "w"), []
-    monkeypatch.setattr(Part, "fetch", lambda part: asked.append((part.repo, part.revision)) or folder)
+    monkeypatch.setattr(Part, "fetch", lambda part, _: asked.append((part.repo, part.revision)) or folder)
     for name in (str(folder), "s3://models/w", "someone/w@c0ffee", "someone/w"):
         weights = Weights({}, lambda uri: asked.append(uri) or folder)
         assert find(weights, name) == str(folder)
