@@ -23,7 +23,7 @@ from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec, PlatformSpec
 
 from components.settings import DEFAULT_IMAGE
 from spin import __version__
-from spin.errors import SpinError
+from spin.errors import SpinError, cause
 
 IN_CLUSTER_HOST = "http://ml-pipeline.kubeflow.svc.cluster.local:8888"
 
@@ -259,12 +259,11 @@ def _answers(host: str, doing: str) -> Iterator[None]:
             + (f"; {hint}" if hint else "")
         ) from error
     except urllib3.exceptions.HTTPError as error:
-        cause = getattr(error, "reason", None) or error
-        if isinstance(cause, urllib3.exceptions.SSLError):
-            why, hint = str(cause), "check http:// or https:// in KFP_HOST, or set KFP_CA_CERT to its CA's certificate"
+        if isinstance(getattr(error, "reason", None) or error, urllib3.exceptions.SSLError):
+            hint = "check http:// or https:// in KFP_HOST, or set KFP_CA_CERT to its CA's certificate"
         else:
-            why, hint = str(cause).rsplit(": ", 1)[-1], "check KFP_HOST, and that its port-forward is up"
-        raise SpinError(f"KFP server {host} cannot be reached: {_one_line(why)}; {hint}") from error
+            hint = "check KFP_HOST, and that its port-forward is up"
+        raise SpinError(f"KFP server {host} cannot be reached: {cause(error)}; {hint}") from error
     finally:
         log.setLevel(level)
 

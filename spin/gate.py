@@ -1,6 +1,7 @@
 """Whether a challenger may become champion: a policy, and its judgement of two players' scores on the same images."""
 
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -112,18 +113,12 @@ def differences(ours: RunConfig, theirs: RunConfig) -> list[str]:
 
     Other options may differ: rows are paired by prompt and seed, and a row's id stands for its content.
     """
-    one, other = ({name: _value(config, name) for name in COMPARED} for config in (ours, theirs))
-    return [name for name in COMPARED if one[name] != other[name]]
+    return [name for name in COMPARED if attrgetter(name)(ours) != attrgetter(name)(theirs)]
 
 
 def other_weights(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
     """Return the scorers, of those that both runs have, whose weights are others, from their digests."""
     return [f"judge ({name})" for name in ours if name in theirs and ours[name] != theirs[name]]
-
-
-def _value(config: RunConfig, name: str) -> Any:
-    section, option = name.split(".")
-    return getattr(getattr(config, section), option)
 
 
 def decide(policy: Policy, primary: str, ours: pa.Table, theirs: pa.Table, against: str) -> Decision:

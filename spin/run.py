@@ -259,9 +259,7 @@ def whole_iteration(value: float, lowest: int) -> int:
     Raises:
         SpinError: it is below ``lowest`` or no whole number.
     """
-    if not value >= lowest or value % 1:  # so that neither NaN nor infinity passes
-        raise SpinError(f"expected an iteration number of at least {lowest}, got {value}; iterations count from 1")
-    return int(value)
+    return _whole(value, lowest, f"an iteration number of at least {lowest}", "iterations count from 1")
 
 
 def whole_iterations(value: float) -> int:
@@ -270,9 +268,7 @@ def whole_iterations(value: float) -> int:
     Raises:
         SpinError: it is below 1 or no whole number.
     """
-    if not value >= 1 or value % 1:
-        raise SpinError(f"expected at least 1 iteration, got {value}; set iterations to how many are to be played")
-    return int(value)
+    return _whole(value, 1, "at least 1 iteration", "set iterations to how many are to be played")
 
 
 def whole_shards(value: float) -> int:
@@ -281,8 +277,12 @@ def whole_shards(value: float) -> int:
     Raises:
         SpinError: it is below 1 or no whole number.
     """
-    if not value >= 1 or value % 1:
-        raise SpinError(f"expected at least 1 shard, got {value}; use the number that the images are drawn in")
+    return _whole(value, 1, "at least 1 shard", "use the number that the images are drawn in")
+
+
+def _whole(value: float, lowest: int, expected: str, do: str) -> int:
+    if not value >= lowest or value % 1:  # so that neither NaN nor infinity passes
+        raise SpinError(f"expected {expected}, got {value}; {do}")
     return int(value)
 
 

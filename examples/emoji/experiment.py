@@ -123,7 +123,7 @@ class Judge:
 
     def __init__(self) -> None:
         self.clip = Clip("emoji", torch.device("cpu"))
-        self.features = Features(str(Path(Clip.find("emoji")).with_name("features")), self.clip.device)
+        self.features = Features("emoji", self.clip.device)
         self.known = [concept.prompt for concept in concepts()]
         self.texts = self.clip.texts(self.known)
 

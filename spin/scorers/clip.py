@@ -78,7 +78,7 @@ class Clip(Towers):
     """A CLIP from a folder or hub name, in float32 on ``device``; ``emoji`` is the judge of the package."""
 
     def __init__(self, name: str, device: torch.device):
-        folder = self.find(name)
+        folder = packaged("judge", name)
         try:
             model = complete(
                 CLIPModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
@@ -91,11 +91,6 @@ class Clip(Towers):
                 f"expected a CLIP model with safetensors, got {name!r} ({reason}); set score.clip_model"
             ) from None
         super().__init__(model, tokenizer, processed(processor), device)
-
-    @staticmethod
-    def find(name: str) -> str:
-        """Return the folder or hub name behind ``name``; ``emoji`` is the judge of the package."""
-        return packaged("judge", name)
 
 
 def processed(processor: Any) -> Callable[[list[Image.Image]], torch.Tensor]:
