@@ -101,7 +101,7 @@ def farthest(world: World, one: Index, other: Index) -> float:
 
 
 @pytest.fixture(scope="module")
-def whole(world: World, begin: Begin) -> Callable[[str], Index]:
+def undivided(world: World, begin: Begin) -> Callable[[str], Index]:
     """Give a function that trains an objective by one process in whole batches, once."""
     known: dict[str, Index] = {}
 
@@ -115,9 +115,9 @@ def whole(world: World, begin: Begin) -> Callable[[str], Index]:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_losses_and_gradients_are_the_recorded_ones(
-    world: World, whole: Callable[[str], Index], objective: str
+    world: World, undivided: Callable[[str], Index], objective: str
 ) -> None:
-    found = [[row["loss"], row["grad_norm"]] for row in trajectory(world, whole(objective))]
+    found = [[row["loss"], row["grad_norm"]] for row in trajectory(world, undivided(objective))]
     recorded = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     if os.environ.get("RENEW"):
         recorded[objective] = found
@@ -130,27 +130,27 @@ def test_losses_and_gradients_are_the_recorded_ones(
 @pytest.mark.parametrize("micro", [4, 2])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_batch_may_come_in_parts(
-    world: World, begin: Begin, whole: Callable[[str], Index], objective: str, micro: int
+    world: World, begin: Begin, undivided: Callable[[str], Index], objective: str, micro: int
 ) -> None:
     """8 pairs as 1 x 8, 2 x 4 and 4 x 2."""
     parts = train(world, begin(f"{objective}-by-{micro}", **OBJECTIVES[objective], micro_batch_size=micro))
-    for row, other in zip(trajectory(world, whole(objective)), trajectory(world, parts), strict=True):
+    for row, other in zip(trajectory(world, undivided(objective)), trajectory(world, parts), strict=True):
         assert other["loss"] == pytest.approx(row["loss"], rel=1e-5)
         assert other["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-4)
-    assert farthest(world, whole(objective), parts) < 1e-5
+    assert farthest(world, undivided(objective), parts) < 1e-5
 
 
 @pytest.mark.parametrize(("objective", "sharding"), [("spin", "none"), ("exact-spin", "none"), ("exact-spin", "fsdp")])
 def test_two_processes_train_as_one(
-    world: World, begin: Begin, whole: Callable[[str], Index], objective: str, sharding: str
+    world: World, begin: Begin, undivided: Callable[[str], Index], objective: str, sharding: str
 ) -> None:
     """The same batches, losses and gradients; sums over processes round differently."""
     key = begin(f"{objective}-by-two-{sharding}", **OBJECTIVES[objective], micro_batch_size=2, sharding=sharding)
     together = train(world, key, "--processes=2")
-    assert together.items == whole(objective).items
-    for row, other in zip(trajectory(world, whole(objective)), trajectory(world, together), strict=True):
+    assert together.items == undivided(objective).items
+    for row, other in zip(trajectory(world, undivided(objective)), trajectory(world, together), strict=True):
         assert other == pytest.approx(row, rel=1e-3, abs=1e-6)
-    assert farthest(world, whole(objective), together) < 1e-5
+    assert farthest(world, undivided(objective), together) < 1e-5
     assert train(world, key, "--processes=2") == together, "finished"
 
 
@@ -219,7 +219,7 @@ class Nodes:
 def test_two_nodes_train_as_one(
     world: World,
     begin: Begin,
-    whole: Callable[[str], Index],
+    undivided: Callable[[str], Index],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -237,10 +237,10 @@ def test_two_nodes_train_as_one(
             nodes.stop()
     said = capsys.readouterr().out
     assert said.count("step 5 of 5") == 1, "the first node speaks, the other does not"
-    assert together.items == whole("spin").items
-    for row, other in zip(trajectory(world, whole("spin")), trajectory(world, together), strict=True):
+    assert together.items == undivided("spin").items
+    for row, other in zip(trajectory(world, undivided("spin")), trajectory(world, together), strict=True):
         assert other == pytest.approx(row, rel=1e-3, abs=1e-6)
-    assert farthest(world, whole("spin"), together) < 1e-5
+    assert farthest(world, undivided("spin"), together) < 1e-5
     monkeypatch.delenv("KUBECONFIG")
     assert train_on_nodes(world.place(key), 1, 1, 2, 0, settings) == together, "complete: no cluster is asked"
 
