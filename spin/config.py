@@ -312,7 +312,7 @@ class ScoreConfig(_Config):
     @classmethod
     def _names_the_prompt(cls, value: str) -> str:
         if "{prompt}" not in value:
-            raise ValueError(f"expected a template with {{prompt}}, got {brief(value)}")
+            raise ValueError("expected a template with {prompt}")
         return value
 
     @model_validator(mode="after")
@@ -346,6 +346,13 @@ class RunConfig(_Config):
     compile: Literal["auto", "on", "off"] = "auto"
     """Whether the denoiser is compiled (torch.compile); ``auto``: on CUDA, where a stage has enough work to repay it.
     The results differ by rounding."""
+
+    @field_validator("base_model")
+    @classmethod
+    def _can_be_found(cls, value: str) -> str:
+        if "://" in value and not value.startswith("s3://"):
+            raise ValueError("expected a model folder, its s3:// address or a hub name")
+        return value
 
 
 def nearest(word: str, known: list[str]) -> str:

@@ -194,8 +194,6 @@ def find(name: str) -> Path:
     path = Path(name)
     if path.exists() or name.startswith((".", "/", "~")):
         return path.expanduser()
-    if "://" in name:
-        raise SpinError(f"expected a model folder or hub name, got {name!r}; download the model and give its folder")
     from huggingface_hub import snapshot_download
 
     # The index first: a model that cannot be played is refused before gigabytes arrive.

@@ -154,30 +154,22 @@ def test_a_shard_that_is_none(world: World, shard: int, shards: int, line: str) 
     assert refusal(score_shard, world.place("any"), 0, shard, shards).startswith(line)
 
 
-def test_other_weights_are_not_put_beside(world: World, tmp_path: Path) -> None:
-    """A judge that changed between iterations would give differences that are its own."""
-    judge = tmp_path / "judge"
-    shutil.copytree(world.judge, judge)
-    place = prepared(world, "other-judge", judge)
-    score(place, 0)
-    generate(place, 1)
-    train(place, 1)
-    (judge / "notes.txt").write_text("another")
-    assert "expected the weights of clip_score that iteration 0 was scored with" in refusal(score, place, 1)
-    assert world.run("other-judge").find("iteration-001/score") is None
-
-
-def test_distances_in_another_feature_space_are_not_put_beside(world: World, tmp_path: Path) -> None:
-    model = tmp_path / "features"
-    shutil.copytree(packaged("features", "emoji"), model)
-    place = prepared(world, "other-features", frechet_model=str(model))
-    base = score(place, 0).index
-    assert base.facts["weights"]["frechet_distance"] == digest_of_weights(model)
+@pytest.mark.parametrize(
+    ("option", "own", "named"),
+    [("clip_model", "judge", "clip_score"), ("frechet_model", "features", "frechet_distance")],
+)
+def test_other_weights_are_not_put_beside(world: World, tmp_path: Path, option: str, own: str, named: str) -> None:
+    """A model that changed between iterations would give differences that are its own."""
+    model = tmp_path / own
+    shutil.copytree(world.judge if own == "judge" else packaged(own, "emoji"), model)
+    run_key = f"other-{own}"
+    place = prepared(world, run_key, **{option: str(model)})
+    assert score(place, 0).index.facts["weights"][named] == digest_of_weights(model)
     generate(place, 1)
     train(place, 1)
     (model / "notes.txt").write_text("another")
-    assert "expected the weights of frechet_distance that iteration 0 was scored with" in refusal(score, place, 1)
-    assert world.run("other-features").find("iteration-001/score") is None
+    assert f"expected the weights of {named} that iteration 0 was scored with" in refusal(score, place, 1)
+    assert world.run(run_key).find("iteration-001/score") is None
 
 
 def test_drawn_and_real_images_are_in_one_feature_space(world: World, tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ def test_what_is_in_order(params: dict[str, Any]) -> None:
         ({"store_endpoint": "minio:9000"}, "expected an S3 endpoint like http://host:9000, got 'minio:9000'; "),
         ({"tracking_uri": "sqlite:///x.db"}, "expected an MLflow server like http://host:5000, got 'sqlite:///x.db'; "),
         ({"data_source": "ftp://x/y"}, "got the address 'ftp://x/y' (data.source); copy the data to a local path"),
+        ({"base_model": "ftp://x/y"}, "base_model: expected a model folder, its s3:// address or a hub name, got 'ftp"),
         ({"data_source": "hf:a b"}, "expected hf:NAME or hf:NAME@REVISION, got 'hf:a b' (data.source); "),
         ({"model_name": "a/b"}, "expected a registry name without '/', ':' and quotes, got 'a/b'; set model_name"),
         ({"overrides": [1]}, "expected a mapping for parameter 'overrides', got [1]; "),
