@@ -92,6 +92,7 @@ SEARCHES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
             "scale0.5": {"train": {**SPIN, **MILD, "loser_gradient_scale": 0.5}},
         },
     ),
+    "short": (6, {"steps40": {"train": {**SPIN, "loser_gradient_scale": 0.5}}}),
     "after-sft": (
         1,
         {
