@@ -92,7 +92,6 @@ SEARCHES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
             "scale0.5": {"train": {**SPIN, **MILD, "loser_gradient_scale": 0.5}},
         },
     ),
-    "short": (6, {"steps40": {"train": {**SPIN, "loser_gradient_scale": 0.5}}}),
     "after-sft": (
         1,
         {
@@ -110,6 +109,7 @@ SEARCHES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
             for lr, beta, scale in ((2e-5, 300, 0.1), (2e-5, 3000, 0.5), (5e-6, 300, 0.3), (5e-6, 3000, 1.0))
         },
     ),
+    "short": (6, {"steps40": {"train": {**SPIN, "loser_gradient_scale": 0.5}}}),
 }
 """Rounds of self-play and arms of every search, in the order in which they were made: each builds on the last."""
 AFTER_SFT: dict[str, dict[str, Any]] = {
