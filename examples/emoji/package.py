@@ -16,16 +16,20 @@ import spin.emoji
 from examples.emoji.autoencoder import FOLDER as AUTOENCODER
 from examples.emoji.autoencoder import figures as psnr_figures
 from examples.emoji.base import FOLDER as BASE
-from examples.emoji.base import pipeline, sheet
+from examples.emoji.base import SHEET, pipeline, sheet
 from examples.emoji.classifier import FOLDER as CLASSIFIER
 from examples.emoji.judge import FOLDER as JUDGE
+from examples.emoji.loop import DEVICE
+from examples.emoji.measure import BATCH, GUIDANCE, STEPS
 from examples.emoji.world import STYLES, build
 
 TARGET = Path(spin.emoji.__file__).parent
 
 CARD = """# The small world's base, judge and features
 
-Trained from random weights by the scripts in `examples/emoji/` on {device}; no other weights went in.
+Trained from random weights by the scripts in `examples/emoji/` on {devices}; no other weights went in.
+
+![{sheet_prompts}, at seeds 0 to 9: unstyled, then by style ({styles})](sheet.png)
 
 | part | parameters | steps | minutes |
 | --- | --- | --- | --- |
@@ -34,10 +38,6 @@ Trained from random weights by the scripts in `examples/emoji/` on {device}; no 
 | teacher of the judge (ResNet, not in the package) | | {teacher_steps} | {teacher_minutes:.0f} |
 | judge (CLIPModel) | {judge_parameters:.2f} M | {judge_steps} | {judge_minutes:.0f} |
 | features of the Fréchet distance (ResNet) | {features_parameters:.2f} M | {features_steps} | {features_minutes:.0f} |
-
-Minutes are those of one core per part, other parts training beside it.
-The base's first 4500 steps (66 minutes) predicted the noise;
-its drawings became nameable within 2500 steps of the change to v prediction.
 
 **Data.** Emoji drawings, 64 px on white: noto (Apache-2.0), twemoji (CC-BY-4.0), fluent-emoji-flat (MIT) from their
 npm packages, OpenMoji (CC BY-SA 4.0) from PyPI; {concepts} concepts are asked for, a quarter of the base's training
@@ -51,22 +51,26 @@ styles for 250 training concepts. Each of these concepts was seen in other style
 
 **Judge.** Among all {concepts} prompts, and among the four styles:
 
-| drawings | R@1 | R@5 | style accuracy |
-| --- | --- | --- | --- |
+| drawings | R@1 | R@5 | style accuracy | both |
+| --- | --- | --- | --- | --- |
 {judge_rows}
 
 **Base.** Drawings asked for by name and style at fixed seeds ({sampling}), named by the judge, beside real ones:
 
-| pairs | R@1 | style accuracy | real: R@1 | real: style | real, autoencoded: R@1 | style |
-| --- | --- | --- | --- | --- | --- | --- |
+| pairs | drawings | R@1 | style accuracy | both |
+| --- | --- | --- | --- | --- |
 {base_rows}
 
-Nearest training drawing (cosine at 32 px): {known[nearest_training_cosine]} for drawings of known pairs,
-{held_out[nearest_training_cosine]} for held-out pairs, where real drawings have
-{held_out_real[nearest_training_cosine]}; above .95 are {known[recited_share]:.0%} and {held_out[recited_share]:.0%}.
-Fréchet distance to the real drawings: {known[frechet_distance]} and {held_out[frechet_distance]}.
+Recited: of training drawings varied as in training, 95 % are at least {recited[threshold]} near to a training drawing
+(cosine at 16 px, in the best of 225 alignments). So near are {known[recited_share]:.1%} of the base's drawings of known
+pairs and {held_out[recited_share]:.1%} of held-out pairs, where {held_out_real[recited_share]:.1%} of the real drawings
+are: some emoji look alike. Means: {known[nearest_training_cosine]}, {held_out[nearest_training_cosine]},
+{held_out_real[nearest_training_cosine]}. Fréchet distance to the real drawings: {known[frechet_distance]} and
+{held_out[frechet_distance]}. An image took {held_out[seconds_per_image]} s ({sampling}, batch {batch}).
 
-**Loss of the base** (mean over the last 100 steps): {curve}.
+**Losses** (mean over the last 100 steps).
+
+{curves}
 
 **Limits.** Toy images for testing the method and the pipeline. No people, flags or text.
 
@@ -74,9 +78,6 @@ Fréchet distance to the real drawings: {known[frechet_distance]} and {held_out[
 Attribution: OpenMoji (openmoji.org), Twemoji (Twitter and contributors), Noto Emoji (Google), Fluent Emoji (Microsoft),
 EmojiOne.
 """
-
-
-DEVICE_NAME = torch.cuda.get_device_name() if torch.cuda.is_available() else "two CPU cores"
 
 
 def millions(module: torch.nn.Module) -> float:
@@ -93,8 +94,8 @@ def main() -> None:
     vae = AutoencoderKL.from_pretrained(AUTOENCODER / "export")
     judge = CLIPModel.from_pretrained(JUDGE / "export", dtype=torch.float32)
     features = ResNetModel.from_pretrained(CLASSIFIER / "seed-1" / "export")
-    pipe = pipeline(vae, trained.text_encoder, trained.tokenizer, trained.unet)
-    sheet(pipe, BASE / "sheet.png")
+    pipe = pipeline(vae, trained.text_encoder, trained.tokenizer, trained.unet).to(DEVICE)
+    sheet(pipe, TARGET / "sheet.png")
     images, rows = build()
     named = json.loads((JUDGE / "figures.json").read_text())
     drawn = json.loads((BASE / "figures.json").read_text())
@@ -109,18 +110,26 @@ def main() -> None:
         decoder = state(AUTOENCODER / "decoder")
         training["vae"]["elapsed"] += decoder["elapsed"]
         training["vae"]["step"] += decoder["step"]
-    curve = training["base"]["curve"]
     psnr = psnr_figures(vae, images, rows)
 
     def cells(*values: float) -> str:
         return " | ".join(f"{value:.3f}" for value in values)
 
-    def kind(name: str) -> str:
-        kinds = ("", "_real", "_real_autoencoded")
-        return cells(*(drawn[name + k][figure] for k in kinds for figure in ("recall_at_1", "style_accuracy")))
+    def rows_of(name: str) -> list[str]:
+        kinds = {"": "the base's", "_real": "real", "_real_autoencoded": "real, autoencoded"}
+        shown = ("recall_at_1", "style_accuracy", "both")
+        return [
+            f"| {name.replace('_', '-')} | {title} | {cells(*(drawn[name + kind][figure] for figure in shown))} |"
+            for kind, title in kinds.items()
+        ]
+
+    def curve(points: list[list[float]]) -> str:
+        return ", ".join(f"step {step} {loss:.3f}" for step, _, loss in points[9 :: max(1, len(points) // 8)])
 
     card = CARD.format(
-        device=DEVICE_NAME,
+        devices=", ".join(sorted({found["device"] for found in training.values()})),
+        sheet_prompts=", ".join(SHEET),
+        styles=", ".join(STYLES),
         vae_parameters=millions(vae),
         base_parameters=millions(trained.unet) + millions(trained.text_encoder),
         judge_parameters=millions(judge),
@@ -131,10 +140,11 @@ def main() -> None:
         psnr=psnr,
         psnr_styles=", ".join(f"{style} {psnr[style]}" for style in STYLES),
         judge_rows="\n".join(f"| {name.replace('_', ' ')} | {cells(*row.values())} |" for name, row in named.items()),
-        sampling="DPM-Solver++, 20 steps, guidance 3.5",
-        base_rows="\n".join(f"| {name.replace('_', '-')} | {kind(name)} |" for name in ("known", "held_out")),
+        sampling=f"DPM-Solver++, {STEPS} steps, guidance {GUIDANCE}",
+        batch=BATCH,
+        base_rows="\n".join(row for name in ("known", "held_out") for row in rows_of(name)),
         **drawn,
-        curve=", ".join(f"step {step} {loss:.3f}" for step, _, loss in curve[9 :: max(1, len(curve) // 8)]),
+        curves="\n".join(f"- {part}: {curve(found['curve'])}" for part, found in training.items()),
     )
     for name in ("base", "judge", "features"):
         shutil.rmtree(TARGET / name, ignore_errors=True)
