@@ -1,8 +1,13 @@
 """The small world's promises: what no model saw, how training resumes, and what the packaged models can do."""
 
+import os
+import subprocess
+import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -10,10 +15,12 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import mse_loss
 
+from examples.emoji import world
 from examples.emoji.loop import TimedTraining
 from examples.emoji.text import STYLES, style_prompt
 from examples.emoji.world import held_out_pairs, shows_held_out
 from spin import emoji
+from spin.errors import SpinError
 from spin.models import find
 from spin.scorers.clip import Clip
 from spin.scorers.frechet import Features, frechet_distance
@@ -66,6 +73,59 @@ def test_training_stops_at_its_time_and_goes_on_from_where_it_was(tmp_path: Path
     # Nothing is left to do: a third start trains no step.
     done, third = line(tmp_path, 0.5)
     assert list(done.run(lambda: mse_loss(third(x), x[:, :1]))) == []
+
+
+def test_drawings_need_npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world, "BUILD", tmp_path / "build")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SpinError, match=r"^expected npm on the PATH, got none \(to fetch the drawings\); install"):
+        world.fetch()
+    (tmp_path / "npm").write_text(f"#!{sys.executable}\nraise SystemExit(7)\n")
+    (tmp_path / "npm").chmod(0o755)
+    with pytest.raises(SpinError, match="got exit code 7"):
+        world.fetch()
+
+
+def test_the_lack_of_npm_is_said_in_one_line(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, sys; from examples.emoji import world; "
+        "world.BUILD = pathlib.Path(sys.argv.pop()); world.run(world.main)"
+    )
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", code, str(tmp_path / "build")]
+    done = subprocess.run(command, cwd=root, env=os.environ | {"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: expected npm")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_world_half_written_is_rendered_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index comes last: where it is, all is there."""
+    drawing = {"left": 0, "body": '<rect width="8" height="8"/>'}
+    names = {style: ({"1F34E": "red-apple"}, {"icons": {"red-apple": drawing}}) for style in world.ICONIFY}
+    monkeypatch.setattr(world, "BUILD", tmp_path)
+    monkeypatch.setattr(world, "fetch", lambda: tmp_path)
+    monkeypatch.setattr(world, "iconify", lambda _, style: names[style])
+    monkeypatch.setattr(world, "older", lambda *_: ({}, {"icons": {}}))
+    replace: Callable[[Path, Path], Path] = Path.replace
+
+    def killed(part: Path, target: Path) -> Path:
+        if target.suffix == ".json":
+            raise KeyboardInterrupt
+        return replace(part, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            world.build()
+    assert not (tmp_path / "world.json").exists()
+    images, rows = world.build()
+    again, same = world.build()
+    assert images.shape == (4, 64, 64, 3)
+    assert [row.style for row in rows] == list(world.STYLES)
+    assert np.array_equal(images, again)
+    assert rows == same
+    assert {path.name for path in tmp_path.iterdir()} == {"world.npy", "world.json"}
 
 
 def test_the_base_is_a_plain_pipeline_of_at_most_32_mb() -> None:
