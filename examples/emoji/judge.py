@@ -135,12 +135,16 @@ def main(
 
     @torch.no_grad()
     def accuracy(model: CLIPModel, x: torch.Tensor, index: torch.Tensor) -> dict[str, float]:
-        """R@1 and R@5 among the world's prompts, and the share whose style is recognised among the four."""
+        """R@1 and R@5 among the world's prompts, the share whose style is recognised among the four, and of both."""
         image = torch.cat([embed(model.get_image_features(pixel_values=x[part])) for part in index.split(128)])
         text = embed(model.get_text_features(input_ids=plain[:own]))
         four = embed(model.get_text_features(input_ids=styled[concept[index]].flatten(0, 1))).view(len(index), 4, -1)
         styles = (four @ image[:, :, None]).squeeze(-1).argmax(1) == style[index]
-        return recall(image, text, concept[index]) | {"style_accuracy": round(float(styles.float().mean()), 4)}
+        both = styles & ((image @ text.T).argmax(1) == concept[index])
+        shares = {"style_accuracy": styles, "both": both}
+        return recall(image, text, concept[index]) | {
+            name: round(float(right.float().mean()), 4) for name, right in shares.items()
+        }
 
     def report(model: CLIPModel) -> dict[str, dict[str, float]]:
         model.eval()
