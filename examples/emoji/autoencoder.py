@@ -14,8 +14,8 @@ import typer
 from diffusers import AutoencoderKL
 from torch.nn import functional as F
 
-from examples.emoji.loop import DEVICE, TimedTraining, autocast, compiled
-from examples.emoji.world import BUILD, STYLES, Picture, build
+from examples.emoji.loop import BATCHES, DEVICE, TimedTraining, autocast, compiled, placed
+from examples.emoji.world import BUILD, STYLES, Picture, build, run
 
 FOLDER = BUILD / "autoencoder"
 LATENTS = (8, 16, 16)
@@ -45,14 +45,16 @@ def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 
-def augment(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def augment(x: torch.Tensor) -> torch.Tensor:
     """Mirror half of the batches, permute their colour channels now and then, shift by up to 4 pixels."""
-    if torch.rand((), generator=generator) < 0.5:
+    if torch.rand(()) < 0.5:
         x = x.flip(-1)
-    if torch.rand((), generator=generator) < 0.25:
-        x = x[:, torch.randperm(3, generator=generator).to(x.device)]
-    dx, dy = torch.randint(-4, 5, (2,), generator=generator).tolist()
-    return F.pad(x, (4, 4, 4, 4), value=1.0)[..., 4 + dy : 68 + dy, 4 + dx : 68 + dx]
+    if torch.rand(()) < 0.25:
+        x = x[:, torch.randperm(3).to(x.device)]
+    dx, dy = torch.randint(-4, 5, (2,)).tolist()
+    x = F.pad(x, (4, 4, 4, 4), value=1.0)[..., 4 + dy : 68 + dy, 4 + dx : 68 + dx]
+    # Always the same strides: for others the loss would be compiled anew.
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def distance(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -104,21 +106,20 @@ def figures(vae: AutoencoderKL, images: np.ndarray, rows: list[Picture]) -> dict
 def main(
     minutes: Annotated[float, typer.Option(help="training time of encoder and decoder")] = 35,
     decoder_minutes: Annotated[float, typer.Option(help="then the decoder alone, on noisy latents")] = 0,
-    batch: Annotated[int, typer.Option(help="images per step; many on a GPU")] = 12,
+    batch: Annotated[int, typer.Option(help="images per step")] = 12 * BATCHES,
     threads: int = 2,
 ) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     images, rows = build()
     known = tensor(images[[i for i, row in enumerate(rows) if not row.held_out]])
-    generator = torch.Generator().manual_seed(0)
     exported = FOLDER / "export"
 
     def batch_of() -> torch.Tensor:
-        return augment(known[torch.randint(len(known), (batch,), generator=generator)], generator)
+        return augment(known[torch.randint(len(known), (batch,), device=DEVICE)])
 
     if minutes:
-        vae = new_autoencoder().to(DEVICE, memory_format=torch.channels_last)
+        vae = placed(new_autoencoder())
         training = TimedTraining(vae, FOLDER / "joint", minutes, lr=2.5e-3, ema=0.998)
 
         @compiled
@@ -135,7 +136,7 @@ def main(
         standardise(vae, known[::3])
         vae.save_pretrained(exported)
     if decoder_minutes:
-        vae = AutoencoderKL.from_pretrained(exported).to(DEVICE, memory_format=torch.channels_last)
+        vae = placed(AutoencoderKL.from_pretrained(exported))
         vae.encoder.requires_grad_(False), vae.quant_conv.requires_grad_(False)
         training = TimedTraining(vae, FOLDER / "decoder", decoder_minutes, lr=1e-3, ema=0.998)
 
@@ -157,4 +158,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -10,6 +10,7 @@ Against reciting: every drawing is seen in several versions (shifted, turned, sc
 of the batches' drawings are of concepts outside the world's 472, and the 400 held-out drawings are never seen.
 """
 
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -19,12 +20,13 @@ from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from examples.emoji.autoencoder import FOLDER as AUTOENCODER
 from examples.emoji.autoencoder import LATENTS, tensor
-from examples.emoji.loop import DEVICE, TimedTraining, autocast, compiled
+from examples.emoji.loop import BATCHES, DEVICE, TimedTraining, autocast, compiled, placed
 from examples.emoji.text import new_text_encoder, new_tokenizer, style_prompt, token_ids
-from examples.emoji.world import BUILD, STYLES, build
+from examples.emoji.world import BUILD, STYLES, build, run
 
 FOLDER = BUILD / "base"
 VERSIONS = 8
@@ -81,7 +83,9 @@ def new_scheduler() -> DPMSolverMultistepScheduler:
     )
 
 
-def pipeline(vae, text_encoder, tokenizer, unet) -> StableDiffusionPipeline:
+def pipeline(
+    vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
+) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -95,7 +99,7 @@ def pipeline(vae, text_encoder, tokenizer, unet) -> StableDiffusionPipeline:
     )
 
 
-def sheet(pipe: StableDiffusionPipeline, path) -> None:
+def sheet(pipe: StableDiffusionPipeline, path: Path) -> None:
     """Draw fixed prompts at fixed seeds: one row without style, then one row per style."""
     pipe.set_progress_bar_config(disable=True)
     prompts = [*SHEET] + [style_prompt(p, s) for s in STYLES for p in SHEET]
@@ -120,7 +124,7 @@ def encode(vae: AutoencoderKL, pixels: torch.Tensor, versions: int) -> torch.Ten
 
 def main(
     minutes: Annotated[float, typer.Option(help="training time")] = 50,
-    batch: Annotated[int, typer.Option(help="images per step; many on a GPU")] = 64,
+    batch: Annotated[int, typer.Option(help="images per step")] = 64 * BATCHES,
     lr: float = 1e-3,
     threads: int = 2,
 ) -> None:
@@ -140,10 +144,10 @@ def main(
         return encode(vae, tensor(images[seen]), versions), plain.to(DEVICE), styled.to(DEVICE)
 
     pools = {False: pool(True, VERSIONS), True: pool(False, VERSIONS // 2)}
-    player = nn.ModuleDict({"text": new_text_encoder(tokenizer), "unet": new_unet()}).to(DEVICE)
-    player["unet"].to(memory_format=torch.channels_last)
+    text, unet = new_text_encoder(tokenizer).to(DEVICE), placed(new_unet())
     if DEVICE.type == "cpu":  # fused attention's backward is very slow there at these tiny shapes
-        player["unet"].set_attn_processor(AttnProcessor())
+        unet.set_attn_processor(AttnProcessor())
+    player = nn.ModuleDict({"text": text, "unet": unet})
     training = TimedTraining(player, FOLDER, minutes, lr=lr, ema=0.999, flat=0.3)
     alphas = new_scheduler().alphas_cumprod.to(DEVICE)
     snr = alphas / (1 - alphas)
@@ -155,14 +159,14 @@ def main(
         noise = torch.randn_like(x)
         a = alphas[t].view(-1, 1, 1, 1)
         with autocast():
-            embeds = player["text"](ids).last_hidden_state
-            out = player["unet"](a.sqrt() * x + (1 - a).sqrt() * noise, t, embeds).sample
+            embeds = text(ids).last_hidden_state
+            out = unet(a.sqrt() * x + (1 - a).sqrt() * noise, t, embeds).sample
         velocity = a.sqrt() * noise - (1 - a).sqrt() * x
         return (weight[t] * (out.float() - velocity).pow(2).mean((1, 2, 3))).mean()
 
     def draw(others: bool, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         latents, plain, styled = pools[others]
-        i, version = torch.randint(latents.shape[1], (count,)), torch.randint(latents.shape[0], (count,))
+        i, version = (torch.randint(latents.shape[axis], (count,), device=DEVICE) for axis in (1, 0))
         kind = torch.rand(count, 1, device=DEVICE)
         ids = torch.where(kind < 0.45, plain[i], torch.where(kind < 0.92, styled[i], empty))
         return latents[version, i].float(), ids
@@ -171,9 +175,10 @@ def main(
         few = round(batch * OTHERS)
         (x, ids), (y, more) = draw(False, batch - few), draw(True, few)
         # Both parts get timesteps from the whole range.
-        t = ((torch.arange(batch) + torch.rand(batch)) / batch * len(alphas)).long()[torch.randperm(batch)]
+        t = torch.randperm(batch, device=DEVICE) + torch.rand(batch, device=DEVICE)
+        t = (t / batch * len(alphas)).long().clamp(max=len(alphas) - 1)  # a sum may have been rounded up
         x = torch.cat([x, y]).contiguous(memory_format=torch.channels_last)
-        return error(x, torch.cat([ids, more]), t.to(DEVICE))
+        return error(x, torch.cat([ids, more]), t)
 
     def export(name: str) -> StableDiffusionPipeline:
         average = training.average
@@ -189,4 +194,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

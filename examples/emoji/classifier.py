@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from transformers import CLIPImageProcessorPil, ResNetConfig, ResNetModel
 
 from examples.emoji.autoencoder import tensor
-from examples.emoji.loop import DEVICE, TimedTraining, autocast
-from examples.emoji.world import BUILD, Picture, build
+from examples.emoji.loop import BATCHES, DEVICE, TimedTraining, autocast, compiled, placed
+from examples.emoji.world import BUILD, Picture, build, run
 
 FOLDER = BUILD / "classifier"
 WIDTH = 192
@@ -110,7 +110,7 @@ def recall(embedding: torch.Tensor, concepts: torch.Tensor, answer: torch.Tensor
 def main(
     minutes: Annotated[float, typer.Option(help="training time")] = 25,
     seed: int = 0,
-    batch: int = 96,
+    batch: int = 96 * BATCHES,
     threads: int = 2,
 ) -> None:
     torch.set_num_threads(threads)
@@ -124,20 +124,25 @@ def main(
     own = len({row.codepoint for row in rows if row.player})
 
     def chosen(held_out: bool, every: int) -> torch.Tensor:
-        return torch.tensor([i for i, row in enumerate(rows) if row.player and row.held_out == held_out][::every])
+        index = [i for i, row in enumerate(rows) if row.player and row.held_out == held_out][::every]
+        return torch.tensor(index, device=DEVICE)
 
-    seen = torch.tensor([i for i, row in enumerate(rows) if not row.held_out])
+    seen = torch.tensor([i for i, row in enumerate(rows) if not row.held_out], device=DEVICE)
     tests = {"known": chosen(False, 4), "held_out": chosen(True, 1)}
-    classifier = Classifier(len(codes), seed).to(DEVICE, memory_format=torch.channels_last)
+    classifier = placed(Classifier(len(codes), seed))
     training = TimedTraining(classifier, FOLDER / f"seed-{seed}", minutes, lr=2e-3, ema=0.998, weight_decay=0.05)
+
+    @compiled
+    def error(x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+        with autocast():
+            embedding = classifier(augment(x))
+        return F.cross_entropy(classifier.logits(embedding), answer, label_smoothing=0.05)
 
     def loss() -> torch.Tensor:
         # Half resolution is four times as fast and teaches most of it.
         full = training.progress > 0.65
-        i = seen[torch.randint(len(seen), (batch if full else 2 * batch,))]
-        with autocast():
-            embedding = classifier(augment((pixels if full else half)[i]))
-        return F.cross_entropy(classifier.logits(embedding), concept[i], label_smoothing=0.05)
+        i = seen[torch.randint(len(seen), (batch if full else 2 * batch,), device=DEVICE)]
+        return error((pixels if full else half)[i], concept[i])
 
     def report() -> dict[str, dict[str, float]]:
         model = training.average.eval()
@@ -157,4 +162,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

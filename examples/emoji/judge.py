@@ -15,20 +15,21 @@ import typer
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer, CLIPVisionConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from examples.emoji.autoencoder import FOLDER as AUTOENCODER
 from examples.emoji.autoencoder import reconstruct, tensor
 from examples.emoji.classifier import FOLDER as CLASSIFIER
 from examples.emoji.classifier import WIDTH, Classifier, new_processor, recall, recolour, reshape, vocabulary
-from examples.emoji.loop import DEVICE, TimedTraining, autocast
+from examples.emoji.loop import BATCHES, DEVICE, TimedTraining, autocast, compiled, placed
 from examples.emoji.text import new_tokenizer, style_prompt, text_config, token_ids
-from examples.emoji.world import BUILD, STYLES, build
+from examples.emoji.world import BUILD, STYLES, build, run
 
 FOLDER = BUILD / "judge"
 
 
-def new_judge(tokenizer) -> CLIPModel:
+def new_judge(tokenizer: CLIPTokenizer) -> CLIPModel:
     vision = CLIPVisionConfig(
         hidden_size=192,
         intermediate_size=576,
@@ -48,7 +49,7 @@ def new_judge(tokenizer) -> CLIPModel:
     return CLIPModel._from_config(config, attn_implementation="eager")
 
 
-def embed(output) -> torch.Tensor:
+def embed(output: BaseModelOutputWithPooling) -> torch.Tensor:
     return F.normalize(output.pooler_output.float(), dim=-1)
 
 
@@ -66,7 +67,11 @@ def mixed(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def main(minutes: Annotated[float, typer.Option(help="training time")] = 25, batch: int = 32, threads: int = 2) -> None:
+def main(
+    minutes: Annotated[float, typer.Option(help="training time")] = 25,
+    batch: int = 32 * BATCHES,
+    threads: int = 2,
+) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     images, rows = build()
@@ -78,22 +83,33 @@ def main(minutes: Annotated[float, typer.Option(help="training time")] = 25, bat
     own = len({row.codepoint for row in rows if row.player})
     concept = torch.tensor([place[row.codepoint] for row in rows], device=DEVICE)
     style = torch.tensor([STYLES.index(row.style) if row.style in STYLES else -1 for row in rows], device=DEVICE)
-    seen = torch.tensor([i for i, row in enumerate(rows) if not row.held_out])
-    known = torch.tensor([i for i, row in enumerate(rows) if row.player and not row.held_out][::4])
-    held_out = torch.tensor([i for i, row in enumerate(rows) if row.player and row.held_out])
+    seen = torch.tensor([i for i, row in enumerate(rows) if not row.held_out], device=DEVICE)
+    known = torch.tensor([i for i, row in enumerate(rows) if row.player and not row.held_out][::4], device=DEVICE)
+    held_out = torch.tensor([i for i, row in enumerate(rows) if row.player and row.held_out], device=DEVICE)
     soft = reconstruct(AutoencoderKL.from_pretrained(AUTOENCODER / "export").to(DEVICE), pixels)
     tokenizer = new_tokenizer(rows)
     plain = token_ids(tokenizer, prompts).to(DEVICE)
     styled = torch.stack([token_ids(tokenizer, [style_prompt(p, s) for s in STYLES]) for p in prompts]).to(DEVICE)
-    teacher = Classifier(len(codes)).to(DEVICE, memory_format=torch.channels_last)
+    teacher = placed(Classifier(len(codes)))
     teacher.load_state_dict(load_file(CLASSIFIER / "seed-0" / "average.safetensors"))
     teacher.eval().requires_grad_(False)
     taught = F.normalize(teacher.concepts, dim=-1)
     judge = new_judge(tokenizer).to(DEVICE)
     training = TimedTraining(judge, FOLDER, minutes, lr=1e-3, ema=0.998, flat=0.3, weight_decay=0.05)
 
+    # Drawings alone are compiled: how many prompts there are differs from step to step.
+    @compiled
+    def see(x: torch.Tensor) -> torch.Tensor:
+        with autocast():
+            return embed(judge.get_image_features(pixel_values=x))
+
+    @compiled
+    def teach(x: torch.Tensor) -> torch.Tensor:
+        with autocast(), torch.no_grad():
+            return teacher(x)
+
     def loss() -> torch.Tensor:
-        i = seen[torch.randint(len(seen), (batch,))]
+        i = seen[torch.randint(len(seen), (batch,), device=DEVICE)]
         x = torch.where(torch.rand(batch, 1, 1, 1, device=DEVICE) < 0.5, soft[i], pixels[i])
         half = batch // 2  # the second half is mixed: it has no name, only the teacher's embedding
         x = reshape(torch.cat([x[:half], mixed(x[half:])]))
@@ -105,10 +121,8 @@ def main(minutes: Annotated[float, typer.Option(help="training time")] = 25, bat
         # A style is named beside another concept's prompt: which pairs exist must not be learnt by heart.
         beside = torch.randint(len(prompts), (len(drawn),), device=DEVICE)
         ids = torch.cat([plain[among], styled[beside].flatten(0, 1)])
+        image, goal = see(x), teach(x)
         with autocast():
-            with torch.no_grad():
-                goal = teacher(x)
-            image = embed(judge.get_image_features(pixel_values=x))
             text = embed(judge.get_text_features(input_ids=ids))
         scale = judge.logit_scale.exp().clamp(max=100)
         imitate = 1 - (content(image) * goal).sum(-1).mean()
@@ -121,12 +135,16 @@ def main(minutes: Annotated[float, typer.Option(help="training time")] = 25, bat
 
     @torch.no_grad()
     def accuracy(model: CLIPModel, x: torch.Tensor, index: torch.Tensor) -> dict[str, float]:
-        """R@1 and R@5 among the world's prompts, and the share whose style is recognised among the four."""
+        """R@1 and R@5 among the world's prompts, the share whose style is recognised among the four, and of both."""
         image = torch.cat([embed(model.get_image_features(pixel_values=x[part])) for part in index.split(128)])
         text = embed(model.get_text_features(input_ids=plain[:own]))
         four = embed(model.get_text_features(input_ids=styled[concept[index]].flatten(0, 1))).view(len(index), 4, -1)
         styles = (four @ image[:, :, None]).squeeze(-1).argmax(1) == style[index]
-        return recall(image, text, concept[index]) | {"style_accuracy": round(float(styles.float().mean()), 4)}
+        both = styles & ((image @ text.T).argmax(1) == concept[index])
+        shares = {"style_accuracy": styles, "both": both}
+        return recall(image, text, concept[index]) | {
+            name: round(float(right.float().mean()), 4) for name, right in shares.items()
+        }
 
     def report(model: CLIPModel) -> dict[str, dict[str, float]]:
         model.eval()
@@ -151,4 +169,4 @@ def main(minutes: Annotated[float, typer.Option(help="training time")] = 25, bat
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -9,14 +9,20 @@ all validation and test concepts, and one of the other three styles for 250 trai
 """
 
 import json
+import shutil
 import subprocess
+import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import typer
 
 from spin.emoji import concepts, openmoji_svg, render_svg
+from spin.errors import SpinError
 
 BUILD = Path(__file__).resolve().parents[2] / "build" / "emoji"
 SIZE = 64
@@ -74,13 +80,20 @@ def fetch() -> Path:
     target = BUILD / "npm"
     folder = target / "node_modules" / "@iconify-json"
     if not all((folder / name).is_dir() for name in PACKAGES):
+        npm = shutil.which("npm")
+        if npm is None:
+            raise SpinError("expected npm on the PATH, got none (to fetch the drawings); install Node.js with npm")
         target.mkdir(parents=True, exist_ok=True)
         names = [f"@iconify-json/{name}@{version}" for name, version in PACKAGES.items()]
-        subprocess.run(["npm", "install", "--ignore-scripts", "--prefix", str(target), *names], check=True)
+        done = subprocess.run([npm, "install", "--ignore-scripts", "--prefix", str(target), *names])
+        if done.returncode:
+            raise SpinError(
+                f"expected npm to fetch the drawings, got exit code {done.returncode}; see what it said and start again"
+            )
     return folder
 
 
-def iconify(folder: Path, style: str) -> tuple[dict[str, str], dict]:
+def iconify(folder: Path, style: str) -> tuple[dict[str, str], dict[str, Any]]:
     """Return the style's code point -> icon name map (skin tones left out) and its parsed ``icons.json``."""
     chars = json.loads((folder / style / "chars.json").read_text())
     icons = json.loads((folder / style / "icons.json").read_text())
@@ -88,13 +101,13 @@ def iconify(folder: Path, style: str) -> tuple[dict[str, str], dict]:
     return {code: name for code, name in names.items() if not skin_tone(code)}, icons
 
 
-def older(folder: Path, style: str, codes: dict[str, str]) -> tuple[dict[str, str], dict]:
+def older(folder: Path, style: str, codes: dict[str, str]) -> tuple[dict[str, str], dict[str, Any]]:
     """As ``iconify``, for sets without code points: their names are looked up in ``codes``."""
     icons = json.loads((folder / style / "icons.json").read_text())
     return {codes[name]: name for name in icons["icons"] if name in codes}, icons
 
 
-def iconify_svg(icons: dict, name: str) -> str:
+def iconify_svg(icons: dict[str, Any], name: str) -> str:
     """Wrap an icon's body in a square drawing (non-square icons are centred)."""
     icon = icons["icons"][name]
     left, top = icon.get("left", icons.get("left", 0)), icon.get("top", icons.get("top", 0))
@@ -127,13 +140,31 @@ def build() -> tuple[np.ndarray, list[Picture]]:
             player = code in played and style in STYLES
             prompt = played.get(code, name.replace("-", " "))
             rows.append(Picture(code, prompt, style, shows_held_out(code, style, held_out), player))
-    np.save(array, np.stack(images))
-    index.write_text(json.dumps([asdict(row) for row in rows]))
-    return np.stack(images), rows
+    stacked = np.stack(images)
+    part = array.with_suffix(".part")
+    with part.open("wb") as file:
+        np.save(file, stacked)
+    part.replace(array)
+    part.write_text(json.dumps([asdict(row) for row in rows]))
+    part.replace(index)
+    return stacked, rows
 
 
-if __name__ == "__main__":
-    pixels, pictures = build()
+def run(main: Callable[..., None]) -> None:
+    """Run a script; what its user can mend is one line on stderr and exit code 2."""
+    try:
+        typer.run(main)
+    except SpinError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def main() -> None:
+    _, pictures = build()
     for style in (*STYLES, *OLDER):
         print(f"{style:18} {sum(picture.style == style for picture in pictures)}")
     print(f"{len(pictures)} pictures, {sum(picture.held_out for picture in pictures)} of them held out, in {BUILD}")
+
+
+if __name__ == "__main__":
+    run(main)
