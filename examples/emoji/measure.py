@@ -27,7 +27,7 @@ from examples.emoji.classifier import FOLDER as CLASSIFIER
 from examples.emoji.judge import FOLDER as JUDGE
 from examples.emoji.loop import DEVICE
 from examples.emoji.text import style_prompt
-from examples.emoji.world import STYLES, Picture, build
+from examples.emoji.world import STYLES, Picture, build, run
 from spin.models import find
 from spin.scorers.clip import Clip
 from spin.scorers.frechet import Features, frechet_distance
@@ -138,4 +138,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)
