@@ -159,11 +159,12 @@ def _train(
             log.curves(told(trainer.history[:-1]))
             resume = None
         log.step(step, measures)
-        if time.monotonic() - spoken > SECONDS_BETWEEN_LINES or step == trainer.steps:
+        scored = "validation_score" in measures
+        if scored or time.monotonic() - spoken > SECONDS_BETWEEN_LINES or step == trainer.steps:
             spoken = time.monotonic()
             shown = "  ".join(
                 f"{name} {measures[name]:.4g}"
-                for name in ("loss", "implicit_accuracy", "winner_drift")
+                for name in ("loss", "implicit_accuracy", "winner_drift", "validation_score")
                 if name in measures
             )
             logger.info("iteration %d: step %d of %d  %s", iteration, step, trainer.steps, shown)

@@ -764,12 +764,14 @@ def test_training_goes_on_beside_a_checkpoints_upload(world: World, monkeypatch:
     assert world.run("beside").read_progress("iteration-001/train") is None
 
 
-def test_steps_are_chosen_by_the_validation_prompts(world: World) -> None:
+def test_steps_are_chosen_by_the_validation_prompts(world: World, caplog: pytest.LogCaptureFixture) -> None:
     """The score that chooses is that of the player which leaves: score-metrics finds it again."""
     place = shared(world, "chosen", learning_rate=1e-3, steps=[6], warmup_steps=0, validate_every=2, patience=2)
-    index = learn(place)
+    with caplog.at_level(logging.INFO, "spin"):
+        index = learn(place)
     asked = {row["step"]: row["validation_score"] for row in history(world, index) if "validation_score" in row}
     assert asked.keys() <= {2, 4, 6}
+    assert caplog.text.count("validation_score") == len(asked)
     best = index.facts["best_step"]
     assert index.facts["validation_score"] == max([index.facts["validation_score"], *asked.values()])
     assert best == 0 or asked[best] == index.facts["validation_score"]
