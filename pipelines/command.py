@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from pipelines.compiled import SERVERS, check_parameters, compile_pipeline, read_parameters
-from spin.errors import SpinError
+from spin.errors import SpinError, in_one_line
 
 LOCAL = """Run the compiled file on this computer. Needs S3 and MLflow servers whose addresses --params has, with
 gpu_count 0 and gpu_pool {} where there is no accelerator, and the keys in AWS_ACCESS_KEY_ID and
@@ -55,11 +54,8 @@ def main(pipeline: Callable[..., Any], choices: Mapping[str, Sequence[str]], def
                 "no KFP endpoint is configured: set --host or KFP_HOST (and KFP_TOKEN) to upload, or use --local"
             )
 
-    try:
+    with in_one_line():
         app()
-    except SpinError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False, style="red")
-        raise SystemExit(2) from None
 
 
 def _endpoint(host: str) -> bool:

@@ -9,7 +9,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from spin.errors import SpinError, brief, printable
+from spin.errors import SpinError, brief, in_one_line, printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -310,11 +310,8 @@ def _say(facts: dict[str, object]) -> None:
 
 def main() -> None:
     """Run the command line; a condition that the user can mend is one line on stderr and exit code 2."""
-    try:
+    with in_one_line():
         app()
-    except SpinError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False, style="red")
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import re
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class SpinError(Exception):
@@ -13,6 +15,18 @@ class SpinError(Exception):
 
 class DamagedError(SpinError):
     """What the store should hold is missing, or is not what its digest says: asking again will not help."""
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """End a command with one line on stderr and exit code 2 where its user can mend what went wrong."""
+    try:
+        yield
+    except SpinError as error:
+        from rich.console import Console
+
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False, style="red")
+        raise SystemExit(2) from None
 
 
 def printable(text: str) -> str:

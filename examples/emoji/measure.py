@@ -1,7 +1,8 @@
 """Measure the trained base with the judge: ``python -m examples.emoji.measure``; with ``--shipped``, the package's.
 
-Writes ``build/emoji/base/figures.json``: whether drawings asked for by name show what was asked, in the style asked,
-beside the real drawings as the ceiling; whether the base recites; and the Fréchet distance to the real drawings.
+Writes ``figures.json`` and a sheet to ``build/emoji/base``, or ``build/emoji/shipped``: whether drawings asked for by
+name show what was asked, in the style asked, beside the real drawings as the ceiling; whether the base recites; and the
+Fréchet distance to the real drawings.
 
 A training drawing that was learnt by heart comes back shifted, turned or scaled, as the base saw it, so a drawing is
 compared with the training drawings in 225 alignments. What counts as recited is measured: 95 % of training drawings
@@ -27,11 +28,13 @@ from examples.emoji.classifier import FOLDER as CLASSIFIER
 from examples.emoji.judge import FOLDER as JUDGE
 from examples.emoji.loop import DEVICE
 from examples.emoji.text import style_prompt
-from examples.emoji.world import STYLES, Picture, build, run
+from examples.emoji.world import BUILD, STYLES, Picture, build, run
 from spin.models import find
 from spin.scorers.clip import Clip
 from spin.scorers.frechet import Features, frechet_distance
 
+SHIPPED = BUILD / "shipped"
+"""Where the figures of the package's models go: the card of newly trained ones must not tell of them."""
 STEPS, GUIDANCE, BATCH = 20, 3.5, 64
 
 
@@ -130,9 +133,10 @@ def main(
         # A drawing that was learnt is its own nearest.
         figures[f"{name}_real"] = judged(images[index], pairs) | (near(real) if held_out else {})
         figures[f"{name}_real_autoencoded"] = judged(soft, pairs)
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    (FOLDER / "figures.json").write_text(json.dumps(figures, indent=2))
-    sheet(pipe, FOLDER / "sheet.png")
+    folder = SHIPPED if shipped else FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "figures.json").write_text(json.dumps(figures, indent=2))
+    sheet(pipe, folder / "sheet.png")
     for name, row in figures.items():
         print(f"{name:28} {row}")
 

@@ -16,7 +16,7 @@ import spin.emoji
 from examples.emoji.autoencoder import FOLDER as AUTOENCODER
 from examples.emoji.autoencoder import figures as psnr_figures
 from examples.emoji.base import FOLDER as BASE
-from examples.emoji.base import SHEET, pipeline, sheet
+from examples.emoji.base import SHEET, pipeline
 from examples.emoji.classifier import FOLDER as CLASSIFIER
 from examples.emoji.judge import FOLDER as JUDGE
 from examples.emoji.loop import DEVICE
@@ -95,7 +95,6 @@ def main() -> None:
     judge = CLIPModel.from_pretrained(JUDGE / "export", dtype=torch.float32)
     features = ResNetModel.from_pretrained(CLASSIFIER / "seed-1" / "export")
     pipe = pipeline(vae, trained.text_encoder, trained.tokenizer, trained.unet).to(DEVICE)
-    sheet(pipe, TARGET / "sheet.png")
     images, rows = build()
     named = json.loads((JUDGE / "figures.json").read_text())
     drawn = json.loads((BASE / "figures.json").read_text())
@@ -161,6 +160,7 @@ def main() -> None:
             value["dtype"] = "float32"
         config.write_text(json.dumps(value, indent=2) + "\n")
     (TARGET / "MODEL_CARD.md").write_text(card)
+    shutil.copy(BASE / "sheet.png", TARGET)
     for name in ("base", "judge", "features"):
         size = sum(path.stat().st_size for path in (TARGET / name).rglob("*") if path.is_file())
         print(f"{name} {size / 1e6:.1f} MB in {TARGET / name}")

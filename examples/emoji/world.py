@@ -11,7 +11,6 @@ all validation and test concepts, and one of the other three styles for 250 trai
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ import numpy as np
 import typer
 
 from spin.emoji import concepts, openmoji_svg, render_svg
-from spin.errors import SpinError
+from spin.errors import SpinError, in_one_line
 
 BUILD = Path(__file__).resolve().parents[2] / "build" / "emoji"
 SIZE = 64
@@ -152,11 +151,8 @@ def build() -> tuple[np.ndarray, list[Picture]]:
 
 def run(main: Callable[..., None]) -> None:
     """Run a script; what its user can mend is one line on stderr and exit code 2."""
-    try:
+    with in_one_line():
         typer.run(main)
-    except SpinError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def main() -> None:
